@@ -1,0 +1,18 @@
+"""Diffusion transformers with linear attention for diffusers, and the tools to distil them."""
+
+from .attention.guard import assert_linear
+from .inheritance import InheritanceReport, inherit_weights
+from .io import load_pipeline, load_transformer, swap_transformer
+from .models.autoencoder_pixel import PixelAutoencoder
+from .models.transformer_lit import LiTTransformer2DModel
+
+__all__ = [
+    "InheritanceReport",
+    "LiTTransformer2DModel",
+    "PixelAutoencoder",
+    "assert_linear",
+    "inherit_weights",
+    "load_pipeline",
+    "load_transformer",
+    "swap_transformer",
+]

@@ -1,0 +1,143 @@
+"""Linear self-attention of LiT (Wang et al. 2025, arXiv:2501.12976) as a diffusers attention module."""
+
+from diffusers.models.attention import AttentionModuleMixin
+from torch import Tensor, nn
+
+from lintra.kernels import linear_attention, token_conv2d
+
+
+class LiTAttnProcessor:
+    """Computes `LiTAttention`; holds no state, so one instance may serve every layer."""
+
+    def __call__(
+        self,
+        attn: "LiTAttention",
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        if encoder_hidden_states is not None:
+            raise ValueError(
+                "`encoder_hidden_states` must be None: LiT's attention is self-attention"
+            )
+        if attention_mask is not None:
+            raise ValueError("`attention_mask` must be None: linear attention takes no mask")
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)  # (B, N, C) each
+        else:
+            query, key, value = (to(hidden_states) for to in (attn.to_q, attn.to_k, attn.to_v))
+        out = linear_attention(
+            *(x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value)),
+            feature_map=attn.feature_map,
+            normalizer="ratio",
+            eps=attn.eps,
+        ).flatten(2)
+        if attn.dwc is not None:
+            if grid is None:
+                raise ValueError("`grid` must be (height, width) in tokens, got None")
+            weight, bias = attn.convolution_parameters()
+            out = token_conv2d(value, weight, bias, grid=grid, residual=out)
+        for layer in attn.to_out:
+            out = layer(out)
+        return out
+
+
+class LiTAttention(nn.Module, AttentionModuleMixin):
+    """``to_out(concat_h(phi(q) S / (phi(q) . z + eps)) + DWC(v))``, the attention of a LiT block.
+
+    S and z are the moments of `lintra.kernels.linear_attention`; DWC is a depthwise convolution of
+    the values on the token grid. Its filters are shared across heads (one per head channel) unless
+    `conv_shared` is False (one per channel).
+
+    Args:
+        dim: channels C of the tokens.
+        heads: number of heads; few, so that a head is 192 to 288 wide (paper, free lunch on heads).
+        bias: biases of the three input projections.
+        dropout: after the output projection.
+        feature_map: see `linear_attention`.
+        eps: added to the denominator.
+        conv_kernel_size: odd side of the convolution; 0 leaves it out.
+        conv_shared: share the filters across heads.
+
+    Shapes: ``hidden_states`` (B, h * w, C) -> (B, h * w, C), with ``grid=(h, w)`` in the call.
+    """
+
+    _default_processor_cls = LiTAttnProcessor
+    _available_processors = [LiTAttnProcessor]
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        bias: bool = True,
+        dropout: float = 0.0,
+        feature_map: str = "relu",
+        eps: float = 1e-6,
+        conv_kernel_size: int = 5,
+        conv_shared: bool = True,
+    ):
+        super().__init__()
+        if heads < 1 or dim % heads != 0:
+            raise ValueError(f"`heads` must divide the {dim} channels, got {heads}")
+        if conv_kernel_size != 0 and (conv_kernel_size < 0 or conv_kernel_size % 2 == 0):
+            raise ValueError(
+                f"`conv_kernel_size` must be odd, or 0 for none, got {conv_kernel_size}"
+            )
+        self.heads = heads
+        self.query_dim = self.inner_dim = dim
+        self.use_bias = bias
+        self.feature_map = feature_map
+        self.eps = eps
+        self.to_q = nn.Linear(dim, dim, bias=bias)
+        self.to_k = nn.Linear(dim, dim, bias=bias)
+        self.to_v = nn.Linear(dim, dim, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(dropout)])
+        filters = dim // heads if conv_shared else dim
+        self.dwc = (
+            nn.Conv2d(filters, filters, conv_kernel_size, groups=filters)
+            if conv_kernel_size
+            else None
+        )
+        self.set_processor(LiTAttnProcessor())
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform projections with zero bias; the convolution keeps PyTorch's default."""
+        for linear in (self.to_q, self.to_k, self.to_v, self.to_out[0]):
+            nn.init.xavier_uniform_(linear.weight)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        if self.dwc is not None:
+            self.dwc.reset_parameters()
+
+    def convolution_parameters(self) -> tuple[Tensor, Tensor]:
+        """Filters (C, k, k) and bias (C) of all channels, repeated over heads where shared."""
+        assert self.dwc is not None and self.dwc.bias is not None
+        repeats = self.inner_dim // self.dwc.out_channels
+        return self.dwc.weight.squeeze(1).repeat(repeats, 1, 1), self.dwc.bias.repeat(repeats)
+
+    def set_processor(self, processor: LiTAttnProcessor) -> None:
+        """Accepts only `LiTAttnProcessor`: any other would silently bring full attention back."""
+        if not isinstance(processor, LiTAttnProcessor):
+            raise ValueError(
+                f"`processor` must be a LiTAttnProcessor, got {type(processor).__name__}"
+            )
+        self.processor = processor
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Refused: softmax backends cannot compute linear attention."""
+        raise ValueError(f"`backend` must not be set for LiT's linear attention, got {backend!r}")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Tensor:
+        return self.processor(self, hidden_states, encoder_hidden_states, attention_mask, grid)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, feature_map={self.feature_map!r}, eps={self.eps}"

@@ -1,0 +1,127 @@
+"""Opening, checking and changing pipelines and transformers that hold lintra's models."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline, DiTTransformer2DModel
+from diffusers.models.modeling_utils import ModelMixin
+
+from .models.transformer_lit import LiTTransformer2DModel
+
+# `_class_name` in a transformer's config.json -> class; what load_transformer can open
+TRANSFORMERS: dict[str, type[ModelMixin]] = {
+    cls.__name__: cls for cls in (DiTTransformer2DModel, LiTTransformer2DModel)
+}
+# Configuration that the rest of a pipeline depends on.
+_INTERFACE = ("in_channels", "out_channels", "num_embeds_ada_norm")
+
+
+def _read_json(file: Path, what: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"`path` must be {what}, but there is no file {file}")
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`path` must hold valid JSON in {file}, got: {error}") from error
+
+
+def load_transformer(path: str | Path, **kwargs: Any) -> ModelMixin:
+    """Opens a saved transformer with the class that its config.json names.
+
+    `SomeOtherModel.from_pretrained` would open a LiT folder as a softmax DiT with no more than a
+    warning; this function does not.
+
+    Args:
+        path: folder with config.json and weights, or a pipeline folder that has `transformer/`.
+        kwargs: passed to `from_pretrained`, e.g. `torch_dtype`.
+
+    Raises:
+        FileNotFoundError: no such folder. ValueError: a class that is not in `TRANSFORMERS`.
+    """
+    folder = Path(path)
+    if (folder / "transformer").is_dir():
+        folder = folder / "transformer"
+    name = _read_json(folder / "config.json", "a transformer folder").get("_class_name")
+    if name not in TRANSFORMERS:
+        raise ValueError(
+            f"`path` must hold one of {', '.join(TRANSFORMERS)}, got {name!r} in {folder}"
+        )
+    return TRANSFORMERS[name].from_pretrained(folder, **kwargs)
+
+
+def _check_transformer_class(folder: Path) -> None:
+    index = _read_json(folder / "model_index.json", "a pipeline folder")
+    config = folder / "transformer" / "config.json"
+    if "transformer" not in index or not config.is_file():
+        return
+    named, saved = index["transformer"][1], _read_json(config, "a pipeline folder")["_class_name"]
+    if named != saved:
+        raise ValueError(
+            f"`path` must name the class of its transformer in model_index.json, got {named} there"
+            f" and {saved} in {config}: it would open with other attention than it was saved with"
+        )
+
+
+def load_pipeline(path: str | Path, **kwargs: Any) -> DiffusionPipeline:
+    """Opens a saved pipeline, also one that holds a model of lintra.
+
+    diffusers opens classes of third parties only if their module was imported, which importing
+    this function has done.
+
+    Args:
+        path: pipeline folder, or a repository id on the Hub.
+        kwargs: passed to `DiffusionPipeline.from_pretrained`, e.g. `torch_dtype`.
+
+    Raises:
+        FileNotFoundError: a local path without model_index.json.
+        ValueError: model_index.json and the transformer's config disagree about its class.
+    """
+    folder = Path(path)
+    if folder.is_absolute() or str(path).startswith(".") or folder.exists():
+        _check_transformer_class(folder)
+    return DiffusionPipeline.from_pretrained(path, **kwargs)
+
+
+def swap_transformer(pipeline: DiffusionPipeline, transformer: ModelMixin) -> DiffusionPipeline:
+    """Puts `transformer` into `pipeline`, in place, moved to the old one's device and dtype.
+
+    `pipeline.save_pretrained` then records the new class, and `load_pipeline` opens it again.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        ValueError: the pipeline has no transformer, or the two differ in channels or classes.
+    """
+    old = getattr(pipeline, "transformer", None)
+    if old is None:
+        raise ValueError(f"`pipeline` must have a transformer, got a {type(pipeline).__name__}")
+    differing = [
+        f"{key} {transformer.config.get(key)} != {old.config.get(key)}"
+        for key in _INTERFACE
+        if transformer.config.get(key) != old.config.get(key)
+    ]
+    if differing:
+        raise ValueError(f"`transformer` must fit the pipeline, got {', '.join(differing)}")
+    pipeline.register_modules(transformer=transformer.to(device=old.device, dtype=old.dtype))
+    return pipeline
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Puts the finished `partial` in the place of `folder`, which is whole at every moment."""
+    old = folder.with_name(f"{folder.name}.old")
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:
+    """`pipeline.save_pretrained` that leaves nothing half: an interruption keeps the old folder."""
+    folder = Path(folder)
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline.save_pretrained(partial)
+    replace_folder(partial, folder)

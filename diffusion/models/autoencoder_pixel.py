@@ -1,0 +1,56 @@
+"""An autoencoder that does nothing, so that pixel-space models run in latent diffusion pipelines."""
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
+
+
+class _PointDistribution:
+    """A posterior without spread: the image itself."""
+
+    def __init__(self, mean: Tensor):
+        self.mean = mean
+        self.std = mean.new_zeros(()).expand_as(mean)
+
+    def sample(self, generator=None) -> Tensor:
+        return self.mean
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+
+class PixelAutoencoder(ModelMixin, ConfigMixin):
+    """Identity in the place of a VAE: latents are images in [-1, 1].
+
+    `decode` repeats a single channel three times, because pipelines convert to RGB pictures.
+
+    Args:
+        in_channels: channels of the images, 1 or 3.
+        scaling_factor: always 1; pipelines divide latents by it.
+    """
+
+    @register_to_config
+    def __init__(self, in_channels: int = 3, scaling_factor: float = 1.0):
+        super().__init__()
+        if in_channels not in (1, 3):
+            raise ValueError(f"`in_channels` must be 1 or 3, got {in_channels}")
+        if scaling_factor != 1.0:
+            raise ValueError(f"`scaling_factor` must be 1.0, got {scaling_factor}")
+        # Pipelines ask a module for its dtype and device, which a module without tensors lacks.
+        self.register_buffer("anchor", torch.zeros(1))
+
+    def encode(self, image: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+        """Images (B, C, H, W) to a distribution that holds nothing but them."""
+        distribution = _PointDistribution(image)
+        return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
+
+    def decode(self, latents: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Latents (B, C, H, W) to images (B, 3, H, W)."""
+        image = latents.expand(-1, 3, -1, -1) if self.config.in_channels == 1 else latents
+        return DecoderOutput(sample=image) if return_dict else (image,)
+
+    def forward(self, image: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        return self.decode(self.encode(image).latent_dist.mean, return_dict)

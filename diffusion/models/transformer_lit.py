@@ -1,0 +1,174 @@
+"""LiT, a class-conditional diffusion transformer with linear attention (arXiv:2501.12976)."""
+
+import math
+from typing import Any, Self
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (see models/__init__.py)
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..attention.linear import LiTAttention
+from ..inheritance import inherit_weights, student_config
+
+# Head channels the default number of heads aims at: LiT-S/B/L/XL have 192, 256, 256, 288.
+_HEAD_CHANNELS = 256
+
+
+def default_num_linear_heads(width: int) -> int:
+    """The divisor of `width` whose heads are nearest to 256 channels: 2, 3, 4, 4 for S, B, L, XL."""
+    divisors = [heads for heads in range(1, width + 1) if width % heads == 0]
+    return min(divisors, key=lambda heads: abs(math.log(width / heads / _HEAD_CHANNELS)))
+
+
+class LiTTransformer2DModel(PeftAdapterMixin, AttentionMixin, DiTTransformer2DModel):
+    """`DiTTransformer2DModel` with linear self-attention of few heads and a convolution on values.
+
+    Loads any DiT configuration; the extra arguments are those of the attention. Latents may have
+    any height and width that `patch_size` divides: the sin-cos table is made for their grid.
+
+    Args (beyond `DiTTransformer2DModel`):
+        num_linear_heads: heads of the linear attention; None takes 2, 3, 4, 4 for the widths of
+            S, B, L, XL and the divisor with heads nearest to 256 channels for others.
+        linear_feature_map: feature map, see `lintra.kernels.linear_attention`.
+        linear_eps: added to the denominator of the attention.
+        conv_kernel_size: side of the depthwise convolution on the values; 0 leaves it out.
+        conv_shared: share its filters across heads.
+    """
+
+    _no_split_modules = ["BasicTransformerBlock"]
+    _repeated_blocks = ["BasicTransformerBlock"]
+    # Context parallelism hands attention a shard of the tokens: its state would be wrong, silently.
+    _cp_plan = None
+
+    @register_to_config
+    def __init__(
+        self,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        in_channels: int = 4,
+        out_channels: int | None = None,
+        num_layers: int = 28,
+        dropout: float = 0.0,
+        norm_num_groups: int = 32,
+        attention_bias: bool = True,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        activation_fn: str = "gelu-approximate",
+        num_embeds_ada_norm: int | None = 1000,
+        upcast_attention: bool = False,
+        norm_type: str = "ada_norm_zero",
+        norm_elementwise_affine: bool = False,
+        norm_eps: float = 1e-5,
+        num_linear_heads: int | None = None,
+        linear_feature_map: str = "relu",
+        linear_eps: float = 1e-6,
+        conv_kernel_size: int = 5,
+        conv_shared: bool = True,
+    ):
+        super().__init__(
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            num_layers=num_layers,
+            dropout=dropout,
+            norm_num_groups=norm_num_groups,
+            attention_bias=attention_bias,
+            sample_size=sample_size,
+            patch_size=patch_size,
+            activation_fn=activation_fn,
+            num_embeds_ada_norm=num_embeds_ada_norm,
+            upcast_attention=upcast_attention,
+            norm_type=norm_type,
+            norm_elementwise_affine=norm_elementwise_affine,
+            norm_eps=norm_eps,
+        )
+        heads = num_linear_heads or default_num_linear_heads(self.inner_dim)
+        for block in self.transformer_blocks:
+            block.attn1 = LiTAttention(
+                self.inner_dim,
+                heads,
+                bias=attention_bias,
+                dropout=dropout,
+                feature_map=linear_feature_map,
+                eps=linear_eps,
+                conv_kernel_size=conv_kernel_size,
+                conv_shared=conv_shared,
+            )
+
+    @classmethod
+    def from_teacher(
+        cls, teacher: DiTTransformer2DModel, policy: str = "all_but_attention", **overrides: Any
+    ) -> Self:
+        """A student of the teacher's configuration that has inherited its weights.
+
+        Args:
+            teacher: a DiT (or a LiT, e.g. of another number of heads).
+            policy: what is inherited, see `lintra.diffusion.inherit_weights`.
+            overrides: configuration values in which the student differs, e.g. `num_linear_heads=2`.
+
+        Returns:
+            The student in eval mode, in the teacher's dtype and on its device.
+        """
+        student = cls(**student_config(cls, teacher, overrides))
+        student.to(device=teacher.device, dtype=teacher.dtype)
+        inherit_weights(student, teacher, policy)
+        return student.eval()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """Predicts noise (and variance) of latents.
+
+        Args:
+            hidden_states: latents ``(B, in_channels, height, width)``.
+            timestep: ``(B,)``, in training steps of the scheduler.
+            class_labels: ``(B,)`` int64; `num_embeds_ada_norm` is the label of "no class".
+            cross_attention_kwargs: passed to the attention modules; none are needed.
+            return_dict: return `Transformer2DModelOutput` instead of a tuple.
+
+        Returns:
+            ``sample`` of shape ``(B, out_channels, height, width)``.
+
+        Raises:
+            ValueError: the patch size does not divide height and width.
+        """
+        patch = self.patch_size
+        height, width = hidden_states.shape[-2:]
+        if height % patch or width % patch:
+            raise ValueError(
+                f"`hidden_states` must have a height and width that the patch size {patch} divides,"
+                f" got {height} x {width}"
+            )
+        grid = (height // patch, width // patch)
+        attention_kwargs = {**(cross_attention_kwargs or {}), "grid": grid}
+        hidden_states = self.pos_embed(hidden_states)  # (B, N, C)
+
+        for block in self.transformer_blocks:
+            arguments = (hidden_states, None, None, None, timestep, attention_kwargs, class_labels)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, *arguments)
+            else:
+                hidden_states = block(*arguments)
+
+        embedding = self.transformer_blocks[0].norm1.emb(
+            timestep, class_labels, hidden_dtype=hidden_states.dtype
+        )
+        shift, scale = self.proj_out_1(F.silu(embedding)).chunk(2, dim=1)
+        hidden_states = self.norm_out(hidden_states) * (1 + scale[:, None]) + shift[:, None]
+        hidden_states = self.proj_out_2(hidden_states)  # (B, N, patch * patch * out_channels)
+
+        patches = hidden_states.unflatten(2, (patch, patch, self.out_channels)).unflatten(1, grid)
+        output = patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, height, width)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)

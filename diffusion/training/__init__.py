@@ -1,0 +1,1 @@
+"""One training loop for all models: data, recipe, loss, checkpoints, validation."""

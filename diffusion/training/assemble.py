@@ -1,0 +1,147 @@
+"""The models of a run: teacher, student, autoencoder and the pipeline that the student ends in."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+)
+from diffusers.models.modeling_utils import ModelMixin
+
+from ..ddpm import DDPMProcess
+from ..inheritance import inherit_weights, student_config
+from ..initialization import initialize_dit
+from ..io import load_pipeline
+from ..losses import check_loss_weights, needs_teacher
+from ..models.autoencoder_pixel import PixelAutoencoder
+from ..models.transformer_lit import LiTTransformer2DModel
+from .config import NoiseConfig, Recipe
+from .objective import disable_internal_label_dropout
+
+STUDENTS: dict[str, type[DiTTransformer2DModel]] = {
+    "dit": DiTTransformer2DModel,
+    "lit": LiTTransformer2DModel,
+}
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a run trains and needs: the student in training mode, the others frozen.
+
+    Attributes:
+        student: the trained transformer.
+        teacher: None unless a loss term compares with it.
+        vae: an `AutoencoderKL`, or a `PixelAutoencoder` for pixel space.
+        id2label: class names for the pipeline.
+    """
+
+    student: DiTTransformer2DModel
+    teacher: DiTTransformer2DModel | None
+    vae: ModelMixin
+    id2label: dict[int, str]
+
+    @property
+    def in_pixel_space(self) -> bool:
+        return isinstance(self.vae, PixelAutoencoder)
+
+    @property
+    def has_variance(self) -> bool:
+        return self.student.out_channels == 2 * self.student.config.in_channels
+
+
+def _check_noise_schedule(noise: NoiseConfig, teacher: DiTPipeline) -> None:
+    for name, ours in asdict(noise).items():
+        theirs = teacher.scheduler.config.get(name)
+        if theirs != ours:
+            raise ValueError(
+                f"`noise.{name}` must be that of the teacher's pipeline, {theirs}, got {ours}"
+            )
+
+
+def _build_student(recipe: Recipe, teacher: DiTTransformer2DModel | None) -> DiTTransformer2DModel:
+    model = recipe.model
+    cls = STUDENTS[model.kind]
+    if teacher is None:
+        student = cls(**student_config(cls, None, model.config))
+        initialize_dit(student)
+        return student
+    student = cls(**student_config(cls, teacher, model.config))
+    if student.config.sample_size != teacher.config.sample_size:
+        raise ValueError(
+            f"`model.config.sample_size` must be the teacher's {teacher.config.sample_size},"
+            f" got {student.config.sample_size}"
+        )
+    if model.inherit == "none":
+        initialize_dit(student)
+    else:
+        inherit_weights(student, teacher, model.inherit)
+    return student
+
+
+def _build_vae(recipe: Recipe, teacher: DiTPipeline | None, channels: int) -> ModelMixin:
+    if recipe.model.vae is not None:
+        return AutoencoderKL.from_pretrained(recipe.model.vae)
+    return teacher.vae if teacher is not None else PixelAutoencoder(in_channels=channels)
+
+
+def build_models(recipe: Recipe, classes: list[str]) -> Models:
+    """Teacher, student and autoencoder of a recipe, on the CPU in float32.
+
+    Raises:
+        ValueError: models that do not fit each other, the data's classes or the loss terms.
+    """
+    source = recipe.model.pretrained_teacher_model
+    pipeline = None if source is None else load_pipeline(source)
+    teacher = None
+    if pipeline is not None:
+        if not isinstance(pipeline, DiTPipeline):
+            raise ValueError(
+                "`model.pretrained_teacher_model` must be a DiTPipeline, got a"
+                f" {type(pipeline).__name__}"
+            )
+        _check_noise_schedule(recipe.noise, pipeline)
+        teacher = pipeline.transformer
+    torch.manual_seed(recipe.seed)
+    student = _build_student(recipe, teacher)
+    if len(classes) > student.config.num_embeds_ada_norm:
+        raise ValueError(
+            f"`model.config.num_embeds_ada_norm` must be at least the {len(classes)} classes of the"
+            f" data, got {student.config.num_embeds_ada_norm}"
+        )
+    models = Models(
+        student=student.train(),
+        teacher=teacher if needs_teacher(recipe.loss) else None,
+        vae=_build_vae(recipe, pipeline, student.config.in_channels).eval().requires_grad_(False),
+        id2label=dict(enumerate(classes)),
+    )
+    check_loss_weights(
+        recipe.loss, has_teacher=teacher is not None, has_variance=models.has_variance
+    )
+    disable_internal_label_dropout(models.student)
+    if models.teacher is not None:
+        models.teacher.eval().requires_grad_(False)
+    return models
+
+
+def build_process(noise: NoiseConfig) -> DDPMProcess:
+    """The noising process of a schedule; the product of alphas is taken in float64."""
+    betas = DDPMScheduler(**asdict(noise)).betas
+    return DDPMProcess((1 - betas.double()).cumprod(0))
+
+
+def build_pipeline(
+    transformer: DiTTransformer2DModel, models: Models, noise: NoiseConfig
+) -> DiTPipeline:
+    """The pipeline of a trained transformer, with a DDIM sampler of the training's schedule."""
+    # Images lie in [-1, 1], latents do not.
+    scheduler = DDIMScheduler(**asdict(noise), clip_sample=models.in_pixel_space)
+    pipeline = DiTPipeline(
+        transformer=transformer, vae=models.vae, scheduler=scheduler, id2label=models.id2label
+    )
+    # The pipeline does not record this argument itself; a reopened one would have no labels.
+    pipeline.register_to_config(id2label=models.id2label)
+    return pipeline

@@ -1,0 +1,119 @@
+"""Checkpoints of a run: written whole or not at all, pruned, found and restored."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+from diffusers.models.modeling_utils import ModelMixin
+
+from ..io import replace_folder
+from .config import CheckpointConfig
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "checkpoint-"
+_STATE_FILE = "run.json"
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first."""
+    found = [
+        path
+        for path in output_dir.glob(f"{_PREFIX}*")
+        if path.is_dir() and path.name.removeprefix(_PREFIX).isdigit()
+    ]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+
+
+def resolve_checkpoint(choice: str | None, output_dir: Path) -> Path | None:
+    """The folder to resume from: `choice` itself, the newest for `latest`, None to start anew.
+
+    Raises:
+        ValueError: the folder does not exist or holds no finished checkpoint.
+    """
+    if choice is None:
+        return None
+    if choice == "latest":
+        checkpoints = list_checkpoints(output_dir)
+        return checkpoints[-1] if checkpoints else None
+    folder = Path(choice)
+    if not (folder / _STATE_FILE).is_file():
+        raise ValueError(
+            f"`checkpoint.resume_from_checkpoint` must be a checkpoint folder, got {choice!r}"
+        )
+    return folder
+
+
+class CheckpointKeeper:
+    """Saves and restores everything that `accelerator` holds.
+
+    The transformer lies in `transformer/`, as `save_pretrained` writes it, so that a checkpoint
+    opens like any model. Under FSDP and DeepSpeed the sharded state is accelerate's own, written
+    by all processes; call `save` and `load` on every process.
+
+    Args:
+        accelerator: with model, optimiser and other state prepared or registered.
+        output_dir: folder of the run.
+        config: number of checkpoints to keep.
+    """
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path, config: CheckpointConfig):
+        self.accelerator = accelerator
+        self.output_dir = output_dir
+        self.config = config
+        accelerator.register_save_state_pre_hook(self._write_models)
+        accelerator.register_load_state_pre_hook(self._read_models)
+
+    def _write_models(self, models: list, weights: list, folder: str) -> None:
+        for index in reversed(range(len(weights))):
+            if self.accelerator.is_main_process:
+                model: ModelMixin = self.accelerator.unwrap_model(models[index])
+                model.save_pretrained(Path(folder) / "transformer", state_dict=weights[index])
+            weights.pop(index)  # accelerate would write what is left a second time
+
+    def _read_models(self, models: list, folder: str) -> None:
+        if not (Path(folder) / "transformer").is_dir():
+            return  # sharded state: accelerate reads it
+        while models:
+            model: ModelMixin = self.accelerator.unwrap_model(models.pop())
+            saved = type(model).from_pretrained(Path(folder) / "transformer")
+            model.load_state_dict(saved.state_dict())
+
+    def save(self, step: int) -> Path:
+        """Writes `checkpoint-{step}` and removes the oldest beyond the limit."""
+        folder = self.output_dir / f"{_PREFIX}{step}"
+        partial = folder.with_name(f"{folder.name}.partial")
+        main = self.accelerator.is_main_process
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if main:
+            state = {"step": step, "num_processes": self.accelerator.num_processes}
+            (partial / _STATE_FILE).write_text(json.dumps(state))
+            replace_folder(partial, folder)
+            limit = self.config.checkpoints_total_limit
+            for old in list_checkpoints(self.output_dir)[: -limit if limit else 0]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def load(self, folder: Path) -> int:
+        """Restores a checkpoint and returns its step.
+
+        Raises:
+            ValueError: a file of the checkpoint is missing or damaged.
+        """
+        try:
+            step = json.loads((folder / _STATE_FILE).read_text())["step"]
+            self.accelerator.load_state(str(folder))
+        except Exception as error:  # safetensors, zip, pickle and json each have their own
+            raise ValueError(
+                f"`checkpoint.resume_from_checkpoint` must be a whole checkpoint, but {folder}"
+                f" cannot be read: {error}"
+            ) from error
+        logger.info("resumed from %s", folder)
+        return step

@@ -1,0 +1,252 @@
+"""The typed recipe of a training run; field names are those of the diffusers training scripts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from ..inheritance import POLICIES
+from ..losses import check_loss_weights
+
+
+def _check(condition: bool, name: str, contract: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"`{name}` must {contract}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is trained, and from what.
+
+    Args:
+        kind: class of the trained transformer.
+        pretrained_teacher_model: pipeline folder of the teacher; none trains without one.
+        inherit: what the student takes of the teacher's weights; `none` takes only its
+            configuration.
+        config: constructor arguments of the transformer; on top of the teacher's if there is one.
+        vae: folder of an AutoencoderKL; none takes that of the teacher's pipeline, or pixel space.
+    """
+
+    kind: Literal["dit", "lit"] = "lit"
+    pretrained_teacher_model: str | None = None
+    inherit: Literal["none", "all_but_attention", "with_projections"] = "all_but_attention"
+    config: dict[str, Any] = field(default_factory=dict)
+    vae: str | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.inherit in ("none", *POLICIES), "model.inherit", "name a policy", self.inherit)
+        if self.pretrained_teacher_model is None:
+            _check(bool(self.config), "model.config", "be given without a teacher", self.config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """The noise schedule, by the names of diffusers' schedulers; the defaults are DiT's."""
+
+    num_train_timesteps: int = 1000
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+
+    def __post_init__(self) -> None:
+        steps = self.num_train_timesteps
+        _check(steps > 1, "noise.num_train_timesteps", "be greater than 1", steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images come from and how they are prepared.
+
+    Args:
+        source: `digits` (scikit-learn's), `imagefolder` (class folders) or `npz`.
+        path: folder or file of the source.
+        split: `train` or `test` of the digits; other sources have only `all`.
+        resolution: side of the square images, pixels.
+        channels: 1, 3, or none for what the source has.
+        center_crop: crop the middle of the resized short side; otherwise squash.
+        random_flip: mirror half of the images.
+        image_interpolation_mode: how images are resized.
+        dataloader_num_workers: processes that read images.
+        latent_cache: folder of precomputed latents, made with the VAE on first use.
+    """
+
+    source: Literal["digits", "imagefolder", "npz"] = "digits"
+    path: str | None = None
+    split: Literal["all", "train", "test"] = "all"
+    resolution: int = 256
+    channels: int | None = None
+    center_crop: bool = True
+    random_flip: bool = False
+    image_interpolation_mode: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
+    dataloader_num_workers: int = 0
+    latent_cache: str | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.resolution > 0, "data.resolution", "be positive", self.resolution)
+        _check(self.channels in (None, 1, 3), "data.channels", "be 1 or 3", self.channels)
+        workers = self.dataloader_num_workers
+        _check(workers >= 0, "data.dataloader_num_workers", "not be negative", workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Steps, optimiser and precision.
+
+    Args:
+        max_train_steps: optimiser steps.
+        train_batch_size: images a process and micro-step.
+        class_dropout_prob: share of labels replaced by "no class", for student and teacher alike.
+        mixed_precision: none leaves the choice to `accelerate config`.
+        max_grad_norm: gradients are scaled down to this norm; 0 does not clip.
+    """
+
+    max_train_steps: int
+    train_batch_size: int
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    optimizer: Literal["adamw"] = "adamw"
+    learning_rate: float = 1e-4
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = "constant"
+    lr_warmup_steps: int = 0
+    lr_num_cycles: int = 1
+    lr_power: float = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 0.0
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    allow_tf32: bool = False
+    class_dropout_prob: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps"):
+            _check(getattr(self, name) > 0, f"training.{name}", "be positive", getattr(self, name))
+        _check(self.learning_rate > 0, "training.learning_rate", "be positive", self.learning_rate)
+        _check(self.max_grad_norm >= 0, "training.max_grad_norm", "be >= 0", self.max_grad_norm)
+        rate = self.class_dropout_prob
+        _check(0 <= rate < 1, "training.class_dropout_prob", "be in [0, 1)", rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints `checkpoint-{step}`.
+
+    Args:
+        checkpointing_steps: optimiser steps between two; 0 saves none but the last on a signal.
+        checkpoints_total_limit: the oldest beyond this number are removed; none keeps all.
+        resume_from_checkpoint: a checkpoint folder, or `latest` (starts anew if there is none).
+    """
+
+    checkpointing_steps: int = 5000
+    checkpoints_total_limit: int | None = 3
+    resume_from_checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        steps, limit = self.checkpointing_steps, self.checkpoints_total_limit
+        _check(steps >= 0, "checkpoint.checkpointing_steps", "not be negative", steps)
+        _check(limit is None or limit > 0, "checkpoint.checkpoints_total_limit", "be > 0", limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMAConfig:
+    """Exponential moving average of the weights, which is what is validated and saved."""
+
+    use_ema: bool = True
+    ema_decay: float = 0.9999
+
+    def __post_init__(self) -> None:
+        _check(0 < self.ema_decay < 1, "ema.ema_decay", "be in (0, 1)", self.ema_decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Sample grids during and after training.
+
+    Args:
+        validation_steps: optimiser steps between two; 0 only at the end.
+        num_validation_images: images a grid, spread over the classes; 0 makes none.
+        num_inference_steps: steps of the sampler.
+        guidance_scale: classifier-free guidance; 1 is none.
+    """
+
+    validation_steps: int = 0
+    num_validation_images: int = 16
+    num_inference_steps: int = 50
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("validation_steps", "num_validation_images"):
+            value = getattr(self, name)
+            _check(value >= 0, f"validation.{name}", "not be negative", value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """`metrics.jsonl` is always written; `report_to` adds a tracker of accelerate."""
+
+    logging_steps: int = 50
+    report_to: Literal["tensorboard"] | None = None
+    tracker_project_name: str = "lintra"
+
+    def __post_init__(self) -> None:
+        _check(self.logging_steps > 0, "logging.logging_steps", "be positive", self.logging_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run.
+
+    Args:
+        output_dir: folder of checkpoints, metrics, samples and the trained pipeline.
+        loss: weight of each loss term, see `lintra.diffusion.losses.LOSS_TERMS`.
+        seed: of weights, data order, noise and timesteps.
+    """
+
+    output_dir: str
+    model: ModelConfig
+    training: TrainingConfig
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: dict[str, float] = field(default_factory=lambda: {"noise": 1.0, "vlb": 1.0})
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        has_teacher = self.model.pretrained_teacher_model is not None
+        check_loss_weights(self.loss, has_teacher=has_teacher, has_variance=True)
+        paths = {
+            "model.pretrained_teacher_model": self.model.pretrained_teacher_model,
+            "model.vae": self.model.vae,
+            "data.path": self.data.path,
+        }
+        for name, path in paths.items():
+            _check(path is None or Path(path).exists(), name, "exist", path)
+        if self.data.source != "digits":
+            _check(
+                self.data.path is not None, "data.path", f"be given for {self.data.source}", None
+            )
+
+
+def parse_recipe(arguments: Sequence[str], prog: str, description: str) -> Recipe:
+    """Reads `--config recipe.yaml` and overrides such as `--training.learning_rate 1e-4`.
+
+    A wrong key, type, value or path ends the process with one line of explanation and code 2.
+    """
+    usage = "%(prog)s --config recipe.yaml [--group.field value ...]"
+    parser = ArgumentParser(prog=prog, description=description, usage=usage)
+    parser.add_argument("--config", action=ActionConfigFile, help="recipe, a YAML file")
+    parser.add_class_arguments(Recipe)
+    values = parser.parse_args(list(arguments))
+    try:
+        groups = vars(parser.instantiate_classes(values))
+        return Recipe(**{name: value for name, value in groups.items() if name != "config"})
+    except ValueError as error:
+        parser.error(str(error))

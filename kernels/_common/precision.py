@@ -1,0 +1,13 @@
+"""The precision rule of every operation: states and sums in float32, float64 for float64 inputs."""
+
+import torch
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of states and sums for inputs of `dtype`; half sums overflow or lose digits."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def no_autocast(device_type: str) -> torch.autocast:
+    """Context in which autocast does not lower the precision of an operation's inner products."""
+    return torch.autocast(device_type, enabled=False)

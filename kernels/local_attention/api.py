@@ -1,0 +1,125 @@
+"""Signature, checks and choice of implementation of local attention."""
+
+from numbers import Integral, Real
+
+from torch import Tensor
+
+from .._common.checks import IMPLEMENTATIONS, check_choice, check_grid, check_shape, check_tensor
+from .reference import local_attention_reference
+
+
+def why_not_triton(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """The reason why `impl="triton"` cannot run on these tensors, None if it can."""
+    return "its Triton kernel is not built yet"
+
+
+def _check_number(name: str, value: object, kind: type, what: str) -> None:
+    # A tensor among them would silently get no gradient.
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"`{name}` must be {what}, got {type(value).__name__}")
+
+
+def local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: tuple[int, int],
+    radius: float,
+    num_prefix: int = 0,
+    scale: float | None = None,
+    extra_key: Tensor | None = None,
+    extra_value: Tensor | None = None,
+    return_lse: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact softmax attention in which an image token sees a disc around itself.
+
+    ``o_i = sum_{j in V(i)} exp(scale q_i . k_j - lse_i) v_j``,
+    ``lse_i = log sum_{j in V(i)} exp(scale q_i . k_j)``, where the visible keys V(i) are
+
+    - for a prefix query (i < T): all T prefix and all h * w image tokens, no extra key;
+    - for an image query: all prefix tokens, every extra key, and the image tokens with
+      ``(y_i - y_j)^2 + (x_i - x_j)^2 < radius^2``, strictly.
+
+    Keys split over devices or calls merge exactly: with o_p, lse_p of disjoint parts,
+    ``lse = logsumexp_p lse_p`` and ``o = sum_p exp(lse_p - lse) o_p``. No mask over all pairs is
+    built: time is O(N (radius^2 + T + M) (D + E)), memory O(N).
+
+    CLEAR, Liu et al. 2024 (arXiv:2412.16112), Sec. 3; the extra keys are those of its
+    down-sampled variant.
+
+    Args:
+        query: ``(B, N, H, D)``, N = T + h * w, prefix tokens first, then the image row-major;
+            float16, bfloat16, float32 or float64; any strides.
+        key: ``(B, N, H, D)``.
+        value: ``(B, N, H, E)``; E may differ from D.
+        grid: ``(h, w)``, in tokens.
+        radius: of the disc, in tokens; at least 1, which shows an image query of the image only
+            itself; may be fractional or exceed the grid.
+        num_prefix: T, how many leading tokens (text) are not on the grid.
+        scale: multiplies the logits; None means ``D ** -0.5``.
+        extra_key: ``(B, M, H, D)``, keys without a place on the grid, seen by all image queries.
+        extra_value: ``(B, M, H, E)``, given with `extra_key`.
+        return_lse: return ``(o, lse)``; both differentiate, once.
+        impl: ``auto``, ``reference`` (PyTorch, any device) or ``triton``. The reference stands
+            outside compiled graphs: `torch.compile` breaks its graph there.
+
+    Returns:
+        ``(B, N, H, E)`` in ``query.dtype``. With `return_lse` also ``(B, N, H)``, natural
+        logarithm, in float32 (float64 for float64 inputs), the dtype of all sums, under any
+        autocast.
+
+    Raises:
+        ValueError: shapes or devices disagree, a grid that does not hold the tokens, a radius
+            below 1, one of `extra_key` and `extra_value` without the other.
+        TypeError: dtypes that are not floating point or differ; a radius, scale or num_prefix
+            that is no number.
+        NotImplementedError: ``impl="triton"`` cannot run here.
+    """
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    check_tensor("query", query, "(B, N, H, D)")
+    check_tensor("key", key, "(B, N, H, D)", like=query)
+    check_tensor("value", value, "(B, N, H, E)", like=query)
+    batch, num_tokens, heads, head_dim = query.shape
+    value_dim = value.shape[3]
+    check_shape("key", key, query.shape, "(B, N, H, D)")
+    check_shape("value", value, (batch, num_tokens, heads, value_dim), "(B, N, H, E)")
+
+    _check_number("num_prefix", num_prefix, Integral, "an integer")
+    if not 0 <= num_prefix < num_tokens:
+        raise ValueError(f"`num_prefix` must be in [0, {num_tokens}), got {num_prefix}")
+    height, width = check_grid(grid, num_tokens - num_prefix, "image tokens")
+    _check_number("radius", radius, Real, "a number")
+    if not radius >= 1:  # also refuses nan
+        raise ValueError(f"`radius` must be at least 1, got {radius}")
+    if scale is None:
+        scale = head_dim**-0.5
+    _check_number("scale", scale, Real, "a number or None")
+
+    if (extra_key is None) != (extra_value is None):
+        missing, given = ("extra_key", "extra_value")[:: 1 if extra_key is None else -1]
+        raise ValueError(f"`{missing}` must be given together with `{given}`, got None")
+    if extra_key is not None and extra_value is not None:
+        check_tensor("extra_key", extra_key, "(B, M, H, D)", like=query)
+        check_tensor("extra_value", extra_value, "(B, M, H, E)", like=query)
+        num_extra = extra_key.shape[1]
+        check_shape("extra_key", extra_key, (batch, num_extra, heads, head_dim), "(B, M, H, D)")
+        extra_shape = (batch, num_extra, heads, value_dim)
+        check_shape("extra_value", extra_value, extra_shape, "(B, M, H, E)")
+
+    reason = why_not_triton(query, key, value)
+    if impl == "triton" and reason is not None:
+        raise NotImplementedError(f"`impl` must not be 'triton' for local_attention: {reason}")
+    out, lse = local_attention_reference(
+        query,
+        key,
+        value,
+        grid=(height, width),
+        radius=radius,
+        num_prefix=num_prefix,
+        scale=scale,
+        extra_key=extra_key,
+        extra_value=extra_value,
+    )
+    return (out, lse) if return_lse else out

@@ -1,0 +1,259 @@
+"""Local attention in plain PyTorch, tile by tile: runs on every device, serves as the oracle.
+
+CLEAR (Liu et al. 2024, arXiv:2412.16112). Legend: B batch, N = T + h * w tokens, T of them prefix,
+M extra keys, H heads, D and E channels of key and value; C = T + M keys that every image query
+sees. Tensors with full names are (B, N, H, D); q, k, v, o, lse of a tile, and their gradients
+dq, ..., are (B, H, [n tiles,] tokens, D), lse being (..., 1).
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._common.precision import accumulation_dtype, no_autocast
+from .tiles import Budget, Geometry, Tile, add_keys, put_queries, take_keys, take_queries
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # query, key, value, extra key and value
+
+
+def _scores(q: Tensor, k: Tensor, hidden: Tensor | None) -> Tensor:
+    scores = q @ k.mT
+    if hidden is not None:  # speaks of the last keys only, those of the window
+        scores[..., -hidden.shape[-1] :].masked_fill_(hidden, -math.inf)
+    return scores
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    scores = _scores(q, k, hidden)
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return (weights @ v).div_(total), total.log_().add_(top)
+
+
+def _attend_backward(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, results: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dV = P^T dO, dS = P * (dO V^T - delta), dQ = dS K, dK = dS^T Q with P = exp(S - lse).
+
+    delta = rowsum(dO * O) - dlse holds all that softmax needs to know of the other keys, since
+    d lse / dS = P. So the keys may come in any number of pieces.
+    """
+    o, lse, do, dlse = results
+    delta = (do * o).sum(-1, keepdim=True).sub_(dlse)
+    weights = _scores(q, k, hidden).sub_(lse).exp_()
+    dv = weights.mT @ do
+    dscores = weights.mul_((do @ v.mT).sub_(delta))
+    return dscores @ k, dscores.mT @ q, dv
+
+
+def _image_blocks(
+    geometry: Geometry, scale: float, inputs: Inputs, dtype: torch.dtype
+) -> Iterator[tuple[list[Tile], Tensor, Tensor, Tensor, Tensor]]:
+    """Tiles of image queries with q, k, v and the mask of the window, after the C common keys."""
+    query, key, value, extra_key, extra_value = inputs
+    budget = Budget.of(geometry, key, value, extra_key)
+    common = [
+        torch.cat([geometry.prefix(tokens), extra.transpose(1, 2)], 2).to(dtype).unsqueeze(2)
+        for tokens, extra in ((key, extra_key), (value, extra_value))
+    ]  # (B, H, 1, C, D)
+    images = [geometry.image(tokens) for tokens in (key, value)]
+    for tiles in budget.tile_groups(query.shape[0] * query.shape[2]):
+        q = take_queries(geometry.image(query), tiles, dtype).mul_(scale)
+        k, v = (
+            torch.cat([every.expand(-1, -1, len(tiles), -1, -1), take_keys(image, tiles, dtype)], 3)
+            for every, image in zip(common, images, strict=True)
+        )
+        yield tiles, q, k, v, geometry.hidden(tiles[0], query.device)
+
+
+def _prefix_blocks(
+    geometry: Geometry, inputs: Inputs, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Pieces of the keys and values of all tokens, which are what a prefix query sees."""
+    query, key, value, extra_key, _ = inputs
+    budget = Budget.of(geometry, key, value, extra_key)
+    for chunk in budget.chunks(query.shape[0] * query.shape[2]):
+        k, v = (tokens[:, chunk].transpose(1, 2).to(dtype) for tokens in (key, value))
+        yield chunk, k, v
+
+
+def _forward(geometry: Geometry, scale: float, inputs: Inputs, out: Tensor, lse: Tensor) -> None:
+    """Fill `out` (B, N, H, E) and `lse` (B, N, H, 1)."""
+    for tiles, q, k, v, hidden in _image_blocks(geometry, scale, inputs, lse.dtype):
+        o_tile, lse_tile = _attend(q, k, v, hidden)
+        put_queries(geometry.image(out), tiles, o_tile)
+        put_queries(geometry.image(lse), tiles, lse_tile)
+
+    q = geometry.prefix(inputs[0]).to(lse.dtype) * scale
+    o_sum = q.new_zeros(*q.shape[:3], out.shape[3])
+    lse_sum = q.new_full((*q.shape[:3], 1), -math.inf)
+    for _, k, v in _prefix_blocks(geometry, inputs, lse.dtype):
+        o_part, lse_part = _attend(q, k, v, None)
+        merged = torch.logaddexp(lse_sum, lse_part)
+        o_sum = o_sum * (lse_sum - merged).exp_() + o_part * (lse_part - merged).exp_()
+        lse_sum = merged
+    geometry.prefix(out).copy_(o_sum)
+    geometry.prefix(lse).copy_(lse_sum)
+
+
+def _backward(
+    geometry: Geometry, scale: float, inputs: Inputs, results: list[Tensor], grads: Inputs
+) -> None:
+    """Fill or add to `grads`, those of `inputs`; `results` are out, lse and their gradients."""
+    grad_query, grad_key, grad_value, grad_extra_key, grad_extra_value = grads
+    dtype, num_prefix = grad_key.dtype, geometry.num_prefix
+    num_common = num_prefix + grad_extra_key.shape[1]
+    for tiles, q, k, v, hidden in _image_blocks(geometry, scale, inputs, dtype):
+        result_tiles = [take_queries(geometry.image(x), tiles, dtype) for x in results]
+        dq, dk, dv = _attend_backward(q, k, v, hidden, result_tiles)
+        put_queries(geometry.image(grad_query), tiles, dq.mul_(scale))
+        for grad, grad_extra, d in (
+            (grad_key, grad_extra_key, dk),
+            (grad_value, grad_extra_value, dv),
+        ):
+            add_keys(geometry.image(grad), tiles, d[:, :, :, num_common:])
+            common = d[:, :, :, :num_common].sum(2).transpose(1, 2)  # (B, C, H, D)
+            grad[:, :num_prefix] += common[:, :num_prefix]
+            grad_extra += common[:, num_prefix:]
+
+    q = geometry.prefix(inputs[0]).to(dtype) * scale
+    prefix_results = [geometry.prefix(x).to(dtype) for x in results]
+    grad_q = torch.zeros_like(q)
+    for chunk, k, v in _prefix_blocks(geometry, inputs, dtype):
+        dq, dk, dv = _attend_backward(q, k, v, None, prefix_results)
+        grad_q += dq
+        grad_key[:, chunk] += dk.transpose(1, 2)
+        grad_value[:, chunk] += dv.transpose(1, 2)
+    geometry.prefix(grad_query).copy_(grad_q.mul_(scale))
+
+
+def _parts(
+    geometry: Geometry, inputs: Inputs, others: list[Tensor]
+) -> Iterator[tuple[Inputs, list[Tensor]]]:
+    """Views of all tensors, a few samples and heads at a time."""
+    query, key, value, extra_key, _ = inputs
+    budget = Budget.of(geometry, key, value, extra_key)
+    for cut in budget.parts(query.shape[0], query.shape[2]):
+        yield tuple(x[cut] for x in inputs), [x[cut] for x in others]
+
+
+# Opaque operators, lest a compiler unroll the loops over tiles into its graph.
+_TENSORS = "Tensor query, Tensor key, Tensor value, Tensor extra_key, Tensor extra_value"
+_NUMBERS = "SymInt height, SymInt width, SymInt num_prefix, float radius, float scale"
+_RESULTS = "Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse"
+_FWD, _BWD = "lintra::local_attention_reference_fwd", "lintra::local_attention_reference_bwd"
+torch.library.define(_FWD, f"({_TENSORS}, {_NUMBERS}) -> (Tensor, Tensor)")
+torch.library.define(
+    _BWD, f"({_TENSORS}, {_RESULTS}, {_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake(_FWD)
+def _empty_results(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    out = value.new_empty(*query.shape[:3], value.shape[3])
+    return out, query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
+
+
+@torch.library.register_fake(_BWD)
+def _empty_grads(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in arguments[:5])
+
+
+@torch.library.impl(_FWD, "CompositeExplicitAutograd")
+def _forward_all(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, (*place, scale) = arguments[:5], arguments[5:]
+    geometry = Geometry(*place)
+    out, lse = _empty_results(*inputs)
+    with no_autocast(out.device.type):
+        for part, (out_part, lse_part) in _parts(geometry, inputs, [out, lse.unsqueeze(3)]):
+            _forward(geometry, scale, part, out_part, lse_part)
+    return out, lse
+
+
+@torch.library.impl(_BWD, "CompositeExplicitAutograd")
+def _backward_all(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, (out, lse, grad_out, grad_lse, *place, scale) = arguments[:5], arguments[5:]
+    geometry = Geometry(*place)
+    results = [out, lse.unsqueeze(3), grad_out, grad_lse.unsqueeze(3)]
+    # Sums over tiles are in the accumulation dtype; a query belongs to one tile only.
+    grads = [inputs[0].new_empty(inputs[0].shape)]
+    grads += [x.new_zeros(x.shape, dtype=lse.dtype) for x in inputs[1:]]
+    with no_autocast(out.device.type):
+        for part, others in _parts(geometry, inputs, results + grads):
+            _backward(geometry, scale, part, others[:4], others[4:])
+    return tuple(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
+
+
+class _Gradient(torch.autograd.Function):
+    """The first derivative, which has none itself (`once_differentiable` would detach it)."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return torch.ops.lintra.local_attention_reference_bwd(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple:
+        raise NotImplementedError(
+            "`local_attention` must be differentiated only once, got a second derivative"
+        )
+
+
+class _LocalAttention(torch.autograd.Function):
+    """Keeps inputs, output and lse only, and computes every tile again in the backward pass."""
+
+    @staticmethod
+    def forward(  # spelt out: torch.compile tells by the count of names that there is no ctx
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        extra_key: Tensor,
+        extra_value: Tensor,
+        height: int,
+        width: int,
+        num_prefix: int,
+        radius: float,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        tensors = (query, key, value, extra_key, extra_value)
+        fwd = torch.ops.lintra.local_attention_reference_fwd
+        return fwd(*tensors, height, width, num_prefix, radius, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:5], *output)
+        ctx.numbers = inputs[5:]
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple:
+        # Grad mode is on where a second derivative may follow; torch.compile cannot trace _Gradient.
+        bwd = torch.ops.lintra.local_attention_reference_bwd
+        differentiate = _Gradient.apply if torch.is_grad_enabled() else bwd
+        grads = differentiate(*ctx.saved_tensors, grad_out, grad_lse, *ctx.numbers)
+        return *grads, *(None for _ in ctx.numbers)
+
+
+def local_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: tuple[int, int],
+    radius: float,
+    num_prefix: int,
+    scale: float,
+    extra_key: Tensor | None,
+    extra_value: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The operation of `api.local_attention`: the output and the log-sum-exp."""
+    if extra_key is None or extra_value is None:
+        extra_key, extra_value = key[:, :0].detach(), value[:, :0].detach()
+    tensors = (query, key, value, extra_key, extra_value)
+    return _LocalAttention.apply(*tensors, *grid, num_prefix, float(radius), float(scale))

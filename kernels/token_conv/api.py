@@ -1,0 +1,73 @@
+"""Signature, checks and choice of implementation of the depthwise token convolution."""
+
+from torch import Tensor
+
+from .._common.checks import IMPLEMENTATIONS, check_choice, check_grid, check_shape, check_tensor
+from .reference import token_conv2d_reference
+
+
+def why_not_triton(tokens: Tensor, weight: Tensor) -> str | None:
+    """The reason why `impl="triton"` cannot run on these tensors, None if it can."""
+    return "its Triton kernel is not built yet"
+
+
+def token_conv2d(
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    grid: tuple[int, int],
+    residual: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Same-padded depthwise 2-D convolution of tokens, added to `residual` in the same pass.
+
+    ``out[b, y, x, c] = residual[b, y, x, c] + bias[c]
+    + sum_{dy, dx} weight[c, dy, dx] tokens[b, y + dy - k // 2, x + dx - k // 2, c]``, zeros outside
+    the grid (cross-correlation, as everywhere in deep learning).
+
+    The local term of linear attention: 5x5 on the values in SLA (Guo et al. 2024,
+    arXiv:2405.11582) and LiT (Wang et al. 2025, arXiv:2501.12976), 3x3 with a kernel per
+    sample in InLine (Han et al. 2024, arXiv:2412.06590).
+
+    Args:
+        tokens: ``(B, h * w, C)``, row-major on `grid`; any floating dtype, any strides.
+        weight: ``(C, k, k)``, or ``(B, C, k, k)`` for one kernel per sample; k odd. Its floating
+            dtype may differ from that of the tokens (float32 parameters under autocast).
+        bias: ``(C)``, any floating dtype.
+        grid: ``(h, w)``, in tokens.
+        residual: ``(B, h * w, C)``, added to the result.
+        impl: ``auto``, ``reference`` (PyTorch, any device) or ``triton``.
+
+    Returns:
+        ``(B, h * w, C)`` in ``tokens.dtype``; sums are float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes or devices disagree, an even kernel size, a grid that does not hold the
+            tokens.
+        TypeError: dtypes that are not floating point or differ.
+        NotImplementedError: ``impl="triton"`` cannot run here.
+    """
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    check_tensor("tokens", tokens, "(B, N, C)")
+    batch, num_tokens, channels = tokens.shape
+    height, width = check_grid(grid, num_tokens)
+    per_sample = isinstance(weight, Tensor) and weight.ndim == 4
+    layout = "(B, C, k, k)" if per_sample else "(C, k, k)"
+    check_tensor("weight", weight, layout, like=tokens, any_dtype=True)
+    size = weight.shape[-1]
+    kernel_shape = (channels, size, size)
+    check_shape("weight", weight, (batch, *kernel_shape) if per_sample else kernel_shape, layout)
+    if size % 2 == 0:
+        raise ValueError(f"`weight` must have an odd kernel size, got {size}")
+    if bias is not None:
+        check_tensor("bias", bias, "(C)", like=tokens, any_dtype=True)
+        check_shape("bias", bias, (channels,), "(C)")
+    if residual is not None:
+        check_tensor("residual", residual, "(B, N, C)", like=tokens)
+        check_shape("residual", residual, tokens.shape, "(B, N, C)")
+
+    reason = why_not_triton(tokens, weight)
+    if impl == "triton" and reason is not None:
+        raise NotImplementedError(f"`impl` must not be 'triton' for token_conv2d: {reason}")
+    return token_conv2d_reference(tokens, weight, bias, grid=(height, width), residual=residual)

@@ -1,0 +1,1 @@
+"""Command lines over the libraries; `lintra --help` lists them."""
