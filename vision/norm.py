@@ -128,7 +128,7 @@ class RepBN(nn.Module):
 
     def _normalize(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, self.num_features)
-        if not torch.jit.is_scripting() and _is_recomputing():
+        if _is_recomputing():
             with _fixed_statistics(self.bn):
                 return self.bn(tokens).reshape(x.shape)
         return self.bn(tokens).reshape(x.shape)

@@ -7,12 +7,13 @@ from torch.nn import functional as F
 
 from lintra.kernels import token_conv2d
 
+from ..fold import Foldable, NormSite
 from ..norm import NormFactory
 
 Grid = tuple[int, int]
 
 
-class LinearMixer(nn.Module):
+class LinearMixer(Foldable, nn.Module):
     """``proj(attend(q, k, v) + depthwise convolution of v)``; a subclass says how to attend.
 
     Tokens lie row-major on `grid`, after `num_prefix_tokens` others (a class token), which take
@@ -87,6 +88,9 @@ class LinearMixer(nn.Module):
         if self.fused_qkv:
             return [self.qkv]
         return [self.q, self.sr if self.sr_ratio > 1 else self.kv]
+
+    def norm_sites(self) -> list[NormSite]:
+        return [NormSite(self, "norm", writer=self.sr)] if self.sr_ratio > 1 else []
 
     def set_input_size(self, grid: Grid) -> None:
         """Makes `grid` the usual one; position tables are resized."""

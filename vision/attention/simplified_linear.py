@@ -45,12 +45,17 @@ class SimplifiedLinearAttention(LinearMixer):
         self.dwc = nn.Conv2d(
             head_dim, head_dim, kernel_size, padding=kernel_size // 2, groups=head_dim, **dd
         )
-        height, width = self._reduced_grid(self.grid)
+        height, width = self.table_grid
         self.positional_encoding = nn.Parameter(torch.empty(1, height * width, dim, **dd))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.positional_encoding)
+
+    @property
+    def table_grid(self) -> Grid:
+        """Grid of `positional_encoding`."""
+        return self._reduced_grid(self.grid)
 
     def set_input_size(self, grid: Grid) -> None:
         table = self._positions(self._reduced_grid(grid))
@@ -59,8 +64,8 @@ class SimplifiedLinearAttention(LinearMixer):
         super().set_input_size(grid)
 
     def _positions(self, grid: Grid) -> Tensor:
-        usual = self._reduced_grid(self.grid)
-        if grid == usual:
+        usual = self.table_grid
+        if tuple(grid) == usual:
             return self.positional_encoding
         return resample_abs_pos_embed(
             self.positional_encoding, new_size=list(grid), old_size=list(usual), num_prefix_tokens=0
