@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ class ImageFormat:
     def fit(self, image: Tensor) -> Tensor:
         """uint8 ``(..., C, H, W)`` -> ``(..., channels or C, resolution, resolution)``."""
         if self.channels == 1 and image.shape[-3] == 3:
-            image = F.rgb_to_grayscale(image)
+            image = to_grey(image)
         elif self.channels == 3 and image.shape[-3] == 1:
             image = F.grayscale_to_rgb(image)
         side = [self.resolution, self.resolution]
@@ -97,7 +98,7 @@ class ImageSource(Dataset, ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         image = self._format.fit(self._read(index))
         return {"image": image, "label": int(self.labels[index])}
 
@@ -237,6 +238,12 @@ def open_images(
 
 
 SOURCES = {"digits": DigitsImages, "imagefolder": FolderImages, "npz": NpzImages}
+
+
+def to_grey(image: Tensor) -> Tensor:
+    """uint8 ``(..., 3, H, W)`` -> ``(..., 1, H, W)``; a grey image keeps its values."""
+    # On uint8 torchvision cuts off instead of rounding, and grey 200 becomes 199.
+    return F.rgb_to_grayscale(image.float()).round().to(torch.uint8)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
