@@ -26,7 +26,7 @@ _SHORT = {"steps": 4, "images": 20}
 
 
 def _variants(recipe: Recipe, folder: Path) -> dict[str, Recipe]:
-    """The distilled student and its controls: the same recipe, steps and seed, one thing changed."""
+    """The distilled student and its controls: same recipe, steps and seed, one thing changed."""
     own_terms = {k: v for k, v in recipe.loss.items() if not LOSS_TERMS[k].needs_teacher}
     scratch = replace(recipe.model, inherit="none")
     return {
@@ -119,7 +119,9 @@ def format_table(rows: dict[str, dict[str, float]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo; the exit code is that of the first run that fails, else 0."""
     parser = ArgumentParser(prog="lintra demo", description=__doc__)
-    parser.add_argument("--teacher_config", type=str, default="configs/quickstart_digits_teacher.yaml")
+    parser.add_argument(
+        "--teacher_config", type=str, default="configs/quickstart_digits_teacher.yaml"
+    )
     parser.add_argument("--config", type=str, default="configs/quickstart_digits.yaml")
     parser.add_argument("--output_dir", type=str, default="runs/demo")
     parser.add_argument("--num_images", type=int, default=1000, help="samples a model is judged by")

@@ -20,7 +20,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--output", type=str, default="samples.png", help="picture to write")
     parser.add_argument("--labels", type=list[int], help="classes, e.g. '[3, 5]'; default: spread")
     parser.add_argument("--num_images", type=int, default=16, help="number, without --labels")
-    parser.add_argument("--num_classes", type=int, help="classes to spread over; default: all named")
+    parser.add_argument(
+        "--num_classes", type=int, help="classes to spread over; default: all named"
+    )
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="1 is none")
     parser.add_argument("--scheduler", type=str, help=f"one of {', '.join(SCHEDULERS)}")
@@ -43,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pipeline = load_pipeline(Path(options.pipeline).absolute(), dtype=_DTYPES[options.dtype])
         pipeline.to(device)
         named = len(pipeline.labels) or pipeline.transformer.config.num_embeds_ada_norm
-        labels = options.labels or balanced_labels(
-            options.num_images, options.num_classes or named
-        )
+        labels = options.labels or balanced_labels(options.num_images, options.num_classes or named)
         images = sample_images(
             pipeline,
             labels,

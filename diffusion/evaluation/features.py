@@ -100,4 +100,5 @@ def open_feature_space(
         return DigitsFeatures(batch_size)
     from .torchvision_features import TorchvisionFeatures
 
+    assert weights is not None  # as checked
     return TorchvisionFeatures(name, Path(weights), device=device, batch_size=batch_size)

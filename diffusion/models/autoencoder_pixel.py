@@ -1,4 +1,4 @@
-"""An autoencoder that does nothing, so that pixel-space models run in latent diffusion pipelines."""
+"""An autoencoder that does nothing, so that pixel-space models run in latent pipelines."""
 
 import torch
 from diffusers import AutoencoderKL

@@ -23,7 +23,7 @@ from .npz_images import NpzArrays, PackedNpz, read_npz
 
 logger = logging.getLogger(__name__)
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 SPLITS = ("all", "train", "test")
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 NUM_HELD_OUT_DIGITS = 297
@@ -38,7 +38,7 @@ class ImageFormat:
         resolution: side of the square image in pixels.
         channels: 1 or 3; ``None`` keeps what the source has.
         center_crop: resize the short side and crop the middle; otherwise squash to a square.
-        interpolation: nearest, bilinear, bicubic or lanczos; all but nearest with antialiasing.
+        interpolation: nearest, bilinear or bicubic; all but nearest with antialiasing.
     Raises:
         ValueError: any of them outside its contract.
     """
@@ -211,7 +211,7 @@ def open_images(
         resolution: side of the square images, in pixels.
         channels: 1 or 3; None keeps what the source has (digits 1, imagefolder 3).
         center_crop: resize the short side and crop the middle; otherwise squash to a square.
-        interpolation: nearest, bilinear, bicubic or lanczos.
+        interpolation: nearest, bilinear or bicubic.
         split: all, train or test; only digits has the last two.
     Raises:
         ValueError: unknown name, missing path, or a path that holds no such data.
