@@ -1,4 +1,4 @@
-"""What of a teacher's weights a linear student takes (LiT, arXiv:2501.12976, weight inheritance)."""
+"""What of a teacher's weights a linear student takes (weight inheritance of LiT, 2501.12976)."""
 
 import inspect
 import logging

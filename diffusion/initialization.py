@@ -5,7 +5,7 @@ from torch import nn
 
 
 def initialize_dit(model: DiTTransformer2DModel) -> None:
-    """The initialisation of DiT (Peebles and Xie 2023, arXiv:2212.09748), in place, for DiT and LiT.
+    """The initialisation of DiT (Peebles and Xie 2023, arXiv:2212.09748), in place, also for LiT.
 
     Xavier-uniform linear layers, the patch embedding like a linear layer, normal(0.02) label and
     time embeddings, and zeros where adaLN-Zero and the output start from nothing. diffusers leaves

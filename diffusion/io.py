@@ -51,8 +51,7 @@ def load_transformer(path: str | Path, **kwargs: Any) -> ModelMixin:
     return TRANSFORMERS[name].from_pretrained(folder, **kwargs)
 
 
-def _check_transformer_class(folder: Path) -> None:
-    index = _read_json(folder / "model_index.json", "a pipeline folder")
+def _check_transformer_class(folder: Path, index: dict[str, Any]) -> None:
     config = folder / "transformer" / "config.json"
     if "transformer" not in index or not config.is_file():
         return
@@ -80,7 +79,11 @@ def load_pipeline(path: str | Path, **kwargs: Any) -> DiffusionPipeline:
     """
     folder = Path(path)
     if folder.is_absolute() or str(path).startswith(".") or folder.exists():
-        _check_transformer_class(folder)
+        index = _read_json(folder / "model_index.json", "a pipeline folder")
+        _check_transformer_class(folder, index)
+        if index.get("id2label") and "id2label" not in kwargs:
+            # JSON turned the class numbers into strings.
+            kwargs["id2label"] = {int(label): name for label, name in index["id2label"].items()}
     return DiffusionPipeline.from_pretrained(path, **kwargs)
 
 

@@ -1,7 +1,13 @@
 """Operations on tensors: linear attention, depthwise token convolution, local attention."""
 
-from .linear_attention import linear_attention
-from .local_attention import local_attention
-from .token_conv import token_conv2d
+if __name__ == "kernels":
+    # The working directory is the repository root, where Python takes this folder for the package
+    # `kernels` of Hugging Face, which transformers looks for. A version below any that it accepts
+    # says "not here"; loading the operations a second time would register them twice.
+    __version__ = "0"
+else:
+    from .linear_attention import linear_attention
+    from .local_attention import local_attention
+    from .token_conv import token_conv2d
 
-__all__ = ["linear_attention", "local_attention", "token_conv2d"]
+    __all__ = ["linear_attention", "local_attention", "token_conv2d"]

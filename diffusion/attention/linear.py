@@ -1,4 +1,4 @@
-"""Linear self-attention of LiT (Wang et al. 2025, arXiv:2501.12976) as a diffusers attention module."""
+"""Linear self-attention of LiT (Wang et al. 2025, arXiv:2501.12976) as a diffusers module."""
 
 from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
@@ -24,9 +24,12 @@ class LiTAttnProcessor:
         if attention_mask is not None:
             raise ValueError("`attention_mask` must be None: linear attention takes no mask")
         if attn.fused_projections:
+            assert isinstance(attn.to_qkv, nn.Linear)
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)  # (B, N, C) each
         else:
-            query, key, value = (to(hidden_states) for to in (attn.to_q, attn.to_k, attn.to_v))
+            query = attn.to_q(hidden_states)
+            key = attn.to_k(hidden_states)
+            value = attn.to_v(hidden_states)
         out = linear_attention(
             *(x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value)),
             feature_map=attn.feature_map,
@@ -106,6 +109,7 @@ class LiTAttention(nn.Module, AttentionModuleMixin):
     def reset_parameters(self) -> None:
         """Xavier-uniform projections with zero bias; the convolution keeps PyTorch's default."""
         for linear in (self.to_q, self.to_k, self.to_v, self.to_out[0]):
+            assert isinstance(linear, nn.Linear)
             nn.init.xavier_uniform_(linear.weight)
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
@@ -114,7 +118,8 @@ class LiTAttention(nn.Module, AttentionModuleMixin):
 
     def convolution_parameters(self) -> tuple[Tensor, Tensor]:
         """Filters (C, k, k) and bias (C) of all channels, repeated over heads where shared."""
-        assert self.dwc is not None and self.dwc.bias is not None
+        assert self.dwc is not None
+        assert self.dwc.bias is not None
         repeats = self.inner_dim // self.dwc.out_channels
         return self.dwc.weight.squeeze(1).repeat(repeats, 1, 1), self.dwc.bias.repeat(repeats)
 
@@ -125,10 +130,6 @@ class LiTAttention(nn.Module, AttentionModuleMixin):
                 f"`processor` must be a LiTAttnProcessor, got {type(processor).__name__}"
             )
         self.processor = processor
-
-    def set_attention_backend(self, backend: str) -> None:
-        """Refused: softmax backends cannot compute linear attention."""
-        raise ValueError(f"`backend` must not be set for LiT's linear attention, got {backend!r}")
 
     def forward(
         self,

@@ -1,13 +1,18 @@
 """Generated images against real ones: class accuracy and Frechet distance in a named space."""
 
-from .evaluate import evaluate_images
+from .evaluate import evaluate_images, match_classes
 from .features import FeatureSpace, check_feature_space, open_feature_space
 from .frechet import frechet_distance
+from .generated import kind_of_generated, read_generated, sample_generated
 
 __all__ = [
     "FeatureSpace",
     "check_feature_space",
     "evaluate_images",
     "frechet_distance",
+    "kind_of_generated",
+    "match_classes",
     "open_feature_space",
+    "read_generated",
+    "sample_generated",
 ]

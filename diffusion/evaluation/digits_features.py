@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from ..training.images import DigitsImages, ImageFormat
+from ..training.images import DigitsImages, ImageFormat, to_grey
 from .features import FeatureSpace
 
 _SIDE = 8
@@ -79,7 +79,7 @@ def _digits(split: str) -> tuple[Tensor, Tensor]:
 def _pixels(images: Tensor) -> np.ndarray:
     """uint8 ``(N, C, H, W)`` -> ``(N, 64)`` in [0, 1]."""
     if images.shape[1] == 3:
-        images = F.rgb_to_grayscale(images)
+        images = to_grey(images)
     mode = InterpolationMode.BILINEAR
     small = F.resize(images, [_SIDE, _SIDE], interpolation=mode, antialias=True)
     return (small.flatten(1).double() / 255).cpu().numpy()

@@ -30,9 +30,9 @@ def evaluate_images(
         class_ids: the classifier's class for each class of the source; ``None`` finds them by
             name (or by order, for all 1,000 WordNet ids of ImageNet).
     Returns:
-        ``class_accuracy`` (share of images that the classifier, free to name any of its classes,
-        puts into the class asked for; ``None`` without labels), ``source_accuracy`` (the same of
-        the real images, what a perfect generator would reach), ``frechet_distance``,
+        ``class_accuracy`` (share of images in which the classifier sees the class asked for rather
+        than another one of the source's; ``None`` without labels), ``source_accuracy`` (the same
+        of the real images, what a perfect generator would reach), ``frechet_distance``,
         ``num_images``, ``num_source_images``, ``space`` and its ``description``.
     Raises:
         ValueError: sizes, labels or class ids that do not fit.
@@ -45,16 +45,16 @@ def evaluate_images(
             f"`images` must have the source's size {side}x{side}, "
             f"got {images.shape[-2]}x{images.shape[-1]}"
         )
-    ids = None
+    # Before the images are looked at, which can take minutes.
     if labels is not None:
         labels = _checked_labels(labels, len(images), len(source.classes))
         ids = torch.tensor(match_classes(source.classes, space, class_ids))
-    features, predictions = space.analyse(images)
-    real_features, real_predictions = _analyse_source(source, space)
+    features, logits = space.analyse(images)
+    real_features, real_logits = _analyse_source(source, space)
     accuracy = real_accuracy = None
-    if ids is not None:
-        accuracy = _share_equal(predictions, ids[labels])
-        real_accuracy = _share_equal(real_predictions, ids[source.labels])
+    if labels is not None:
+        accuracy = _accuracy(logits[:, ids], labels)
+        real_accuracy = _accuracy(real_logits[:, ids], source.labels)
     return {
         "class_accuracy": accuracy,
         "source_accuracy": real_accuracy,
@@ -110,12 +110,12 @@ def _checked_labels(labels: Tensor | list[int], num_images: int, num_classes: in
     return labels
 
 
-def _share_equal(predictions: Tensor, targets: Tensor) -> float:
-    return (predictions == targets).double().mean().item()
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return (logits.argmax(1) == labels).double().mean().item()
 
 
 def _analyse_source(source: ImageSource, space: FeatureSpace) -> tuple[Tensor, Tensor]:
     loader = DataLoader(source, batch_size=space.batch_size)
     parts = [space.analyse(batch["image"]) for batch in loader]
-    features, predictions = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return features, predictions
+    features, logits = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return features, logits

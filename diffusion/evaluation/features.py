@@ -29,11 +29,11 @@ class FeatureSpace(ABC):
 
     def predict(self, images: Tensor) -> Tensor:
         """uint8 ``(N, C, H, W)`` -> class ``(N,)`` int64, an index into ``classes``."""
-        return self.analyse(images)[1]
+        return self.analyse(images)[1].argmax(1)
 
     @torch.no_grad()
     def analyse(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and predictions of one pass, on the CPU, ``batch_size`` images at a time.
+        """Features ``(N, F)`` and logits ``(N, K)`` of one pass, float32 on the CPU, in batches.
 
         Raises:
             TypeError: not uint8.  ValueError: not ``(N, 1 or 3, H, W)``, or no image.
@@ -44,7 +44,7 @@ class FeatureSpace(ABC):
             raise ValueError(f"`images` must be (N, 1 or 3, H, W), got {tuple(images.shape)}")
         parts = [self._analyse_batch(batch) for batch in images.split(self.batch_size)]
         features, logits = (torch.cat(tensors).cpu() for tensors in zip(*parts, strict=True))
-        return features.float(), logits.argmax(1)
+        return features.float(), logits.float()
 
     @abstractmethod
     def _analyse_batch(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,4 +100,5 @@ def open_feature_space(
         return DigitsFeatures(batch_size)
     from .torchvision_features import TorchvisionFeatures
 
+    assert weights is not None  # as checked
     return TorchvisionFeatures(name, Path(weights), device=device, batch_size=batch_size)

@@ -103,7 +103,7 @@ class TorchvisionFeatures(FeatureSpace):
         )
         try:
             model.load_state_dict(_read_state_dict(weights))
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise ValueError(
                 f"`weights` must be a state dict of torchvision's {model_name}, "
                 f"got {weights}: {error}"
@@ -112,7 +112,9 @@ class TorchvisionFeatures(FeatureSpace):
         self.classes = list(known.meta["categories"])
         self._preprocessing = preprocessing
         self._device = torch.device(device)
-        self._model = model.float().eval().requires_grad_(False).to(self._device)
+        # Twice as fast on a CPU.
+        model = model.to(self._device, torch.float32, memory_format=torch.channels_last)
+        self._model = model.eval().requires_grad_(False)
         layer, self._head = _last_layer(model)
         self.description = (
             f"torchvision {model_name} with the weights {weights.name}; features are the input "

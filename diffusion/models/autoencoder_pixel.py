@@ -1,10 +1,11 @@
-"""An autoencoder that does nothing, so that pixel-space models run in latent diffusion pipelines."""
+"""An autoencoder that does nothing, so that pixel-space models run in latent pipelines."""
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers import AutoencoderKL
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (see models/__init__.py)
 from torch import Tensor
 
 
@@ -15,15 +16,15 @@ class _PointDistribution:
         self.mean = mean
         self.std = mean.new_zeros(()).expand_as(mean)
 
-    def sample(self, generator=None) -> Tensor:
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
         return self.mean
 
     def mode(self) -> Tensor:
         return self.mean
 
 
-class PixelAutoencoder(ModelMixin, ConfigMixin):
-    """Identity in the place of a VAE: latents are images in [-1, 1].
+class PixelAutoencoder(AutoencoderKL):
+    """Identity in the place of an `AutoencoderKL`: latents are images in [-1, 1].
 
     `decode` repeats a single channel three times, because pipelines convert to RGB pictures.
 
@@ -34,7 +35,8 @@ class PixelAutoencoder(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(self, in_channels: int = 3, scaling_factor: float = 1.0):
-        super().__init__()
+        # An AutoencoderKL only in type, which pipelines check: its layers are not built.
+        super(AutoencoderKL, self).__init__()
         if in_channels not in (1, 3):
             raise ValueError(f"`in_channels` must be 1 or 3, got {in_channels}")
         if scaling_factor != 1.0:
@@ -42,15 +44,23 @@ class PixelAutoencoder(ModelMixin, ConfigMixin):
         # Pipelines ask a module for its dtype and device, which a module without tensors lacks.
         self.register_buffer("anchor", torch.zeros(1))
 
-    def encode(self, image: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
         """Images (B, C, H, W) to a distribution that holds nothing but them."""
-        distribution = _PointDistribution(image)
+        distribution = _PointDistribution(x)
         return AutoencoderKLOutput(latent_dist=distribution) if return_dict else (distribution,)
 
-    def decode(self, latents: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+    def decode(
+        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
         """Latents (B, C, H, W) to images (B, 3, H, W)."""
-        image = latents.expand(-1, 3, -1, -1) if self.config.in_channels == 1 else latents
+        image = z.expand(-1, 3, -1, -1) if self.config.in_channels == 1 else z
         return DecoderOutput(sample=image) if return_dict else (image,)
 
-    def forward(self, image: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        return self.decode(self.encode(image).latent_dist.mean, return_dict)
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        return self.decode(sample, return_dict)

@@ -21,7 +21,7 @@ _HEAD_CHANNELS = 256
 
 
 def default_num_linear_heads(width: int) -> int:
-    """The divisor of `width` whose heads are nearest to 256 channels: 2, 3, 4, 4 for S, B, L, XL."""
+    """The divisor of `width` with heads nearest to 256 channels: 2, 3, 4, 4 for S, B, L, XL."""
     divisors = [heads for heads in range(1, width + 1) if width % heads == 0]
     return min(divisors, key=lambda heads: abs(math.log(width / heads / _HEAD_CHANNELS)))
 

@@ -1,10 +1,10 @@
-"""Batches whose content depends on seed and step alone, so that a resumed run sees the same ones."""
+"""Batches that depend on seed and step alone, so that a resumed run sees the same ones."""
 
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 
 def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
@@ -50,7 +50,7 @@ class StepSampler(Sampler[list[int]]):
 
 
 def make_loader(
-    dataset: Dataset, batch_size: int, *, seed: int, start: int, rank: int, num_processes: int,
+    dataset: ImageSource | LatentCache, batch_size: int, *, seed: int, start: int, rank: int, num_processes: int,
     num_workers: int,
 ) -> DataLoader:  # fmt: skip
     """Loader of the batches from micro-step `start` on."""

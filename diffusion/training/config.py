@@ -79,7 +79,7 @@ class DataConfig:
     channels: int | None = None
     center_crop: bool = True
     random_flip: bool = False
-    image_interpolation_mode: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
+    image_interpolation_mode: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
     dataloader_num_workers: int = 0
     latent_cache: str | None = None
 
@@ -246,7 +246,7 @@ def parse_recipe(arguments: Sequence[str], prog: str, description: str) -> Recip
     parser.add_class_arguments(Recipe)
     values = parser.parse_args(list(arguments))
     try:
-        groups = vars(parser.instantiate_classes(values))
+        groups = vars(parser.instantiate(values))
         return Recipe(**{name: value for name, value in groups.items() if name != "config"})
     except ValueError as error:
         parser.error(str(error))

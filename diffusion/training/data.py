@@ -5,13 +5,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from .assemble import Models
 from .batches import flip_half
 from .config import Recipe
 from .images import ImageSource
-from .latent_cache import LatentCache, build_latent_cache, weights_fingerprint
+from .latent_cache import INDEX_NAME, LatentCache, build_latent_cache, weights_fingerprint
 
 
 def check_images_fit(images: ImageSource, models: Models) -> None:
@@ -48,13 +47,13 @@ class TrainingData:
         self.vae = models.vae
         self.random_flip = recipe.data.random_flip
         self.device = accelerator.device
-        self.dataset: Dataset = images
+        self.dataset: ImageSource | LatentCache = images
         folder = recipe.data.latent_cache
         if folder is None:
             return
         if models.in_pixel_space:
             raise ValueError(f"`data.latent_cache` must be none in pixel space, got {folder!r}")
-        if accelerator.is_main_process and not Path(folder).exists():
+        if accelerator.is_main_process and not (Path(folder) / INDEX_NAME).is_file():
             build_latent_cache(
                 images,
                 self.vae,
@@ -97,11 +96,9 @@ class TrainingData:
         self, batch: dict[str, Tensor], generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         rows, views = batch["mean"].shape[:2]
-        view = torch.randint(views, (rows,), generator=generator)
-        return tuple(
-            batch[name][torch.arange(rows), view].to(self.device, non_blocking=True)
-            for name in ("mean", "std")
-        )
+        index = torch.arange(rows), torch.randint(views, (rows,), generator=generator)
+        mean, std = batch["mean"][index], batch["std"][index]
+        return mean.to(self.device, non_blocking=True), std.to(self.device, non_blocking=True)
 
     def _encode(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         pixels = images.to(self.device, non_blocking=True).float() / 127.5 - 1

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from .npz_images import NpzArrays, PackedNpz, read_npz
 
 logger = logging.getLogger(__name__)
 
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 SPLITS = ("all", "train", "test")
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 NUM_HELD_OUT_DIGITS = 297
@@ -37,7 +38,7 @@ class ImageFormat:
         resolution: side of the square image in pixels.
         channels: 1 or 3; ``None`` keeps what the source has.
         center_crop: resize the short side and crop the middle; otherwise squash to a square.
-        interpolation: nearest, bilinear, bicubic or lanczos; all but nearest with antialiasing.
+        interpolation: nearest, bilinear or bicubic; all but nearest with antialiasing.
     Raises:
         ValueError: any of them outside its contract.
     """
@@ -61,7 +62,7 @@ class ImageFormat:
     def fit(self, image: Tensor) -> Tensor:
         """uint8 ``(..., C, H, W)`` -> ``(..., channels or C, resolution, resolution)``."""
         if self.channels == 1 and image.shape[-3] == 3:
-            image = F.rgb_to_grayscale(image)
+            image = to_grey(image)
         elif self.channels == 3 and image.shape[-3] == 1:
             image = F.grayscale_to_rgb(image)
         side = [self.resolution, self.resolution]
@@ -97,7 +98,7 @@ class ImageSource(Dataset, ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         image = self._format.fit(self._read(index))
         return {"image": image, "label": int(self.labels[index])}
 
@@ -210,7 +211,7 @@ def open_images(
         resolution: side of the square images, in pixels.
         channels: 1 or 3; None keeps what the source has (digits 1, imagefolder 3).
         center_crop: resize the short side and crop the middle; otherwise squash to a square.
-        interpolation: nearest, bilinear, bicubic or lanczos.
+        interpolation: nearest, bilinear or bicubic.
         split: all, train or test; only digits has the last two.
     Raises:
         ValueError: unknown name, missing path, or a path that holds no such data.
@@ -237,6 +238,12 @@ def open_images(
 
 
 SOURCES = {"digits": DigitsImages, "imagefolder": FolderImages, "npz": NpzImages}
+
+
+def to_grey(image: Tensor) -> Tensor:
+    """uint8 ``(..., 3, H, W)`` -> ``(..., 1, H, W)``; a grey image keeps its values."""
+    # On uint8 torchvision cuts off instead of rounding, and grey 200 becomes 199.
+    return F.rgb_to_grayscale(image.float()).round().to(torch.uint8)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

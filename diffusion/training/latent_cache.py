@@ -93,7 +93,7 @@ def build_latent_cache(
     partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
     partial.mkdir(parents=True)
     try:
-        shards = []
+        shards: list[dict[str, Any]] = []
         with tqdm(total=len(source), desc="encoding latents", unit="img", disable=None) as bar:
             for start in range(0, len(source), items_per_shard):
                 rows = range(start, min(start + items_per_shard, len(source)))
@@ -185,7 +185,7 @@ class LatentCache(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor | int]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"`index` must be below {len(self)}, got {index}")
         index %= len(self)

@@ -241,9 +241,10 @@ class Trainer:
         means = self.accelerator.reduce(window.means(), reduction="mean")
         row = {name: float(value) for name, value in means.items()}
         seconds = window.seconds()
-        norm = None if window.gradient_norm is None else float(window.gradient_norm)
+        assert window.gradient_norm is not None
+        norm = float(window.gradient_norm)
         # With float16 the scaler skips steps of infinite gradients; they are not a failure.
-        is_norm_fatal = norm is not None and self.accelerator.mixed_precision != "fp16"
+        is_norm_fatal = self.accelerator.mixed_precision != "fp16"
         if not math.isfinite(row["loss"]) or (is_norm_fatal and not math.isfinite(norm)):
             saved = list_checkpoints(self.output_dir)
             where = (

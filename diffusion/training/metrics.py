@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ class Window:
         self.started = time.perf_counter()
         self.micro_steps = 0
         self.gradient_norm: Tensor | None = None
-        self._sums: dict[str, Tensor | float] = defaultdict(float)
+        self._sums: dict[str, Tensor] = {}
 
     def add(self, values: dict[str, Tensor]) -> None:
         self.micro_steps += 1
         for name, value in values.items():
-            self._sums[name] = self._sums[name] + value
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def means(self) -> dict[str, Tensor]:
         return {name: value / self.micro_steps for name, value in self._sums.items()}

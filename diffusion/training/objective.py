@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ..ddpm import DDPMProcess
@@ -46,7 +47,7 @@ class DDPMObjective:
     def __call__(
         self,
         student: nn.Module,
-        teacher: nn.Module | None,
+        teacher: ModelMixin | None,
         clean: Tensor,
         labels: Tensor,
         generator: torch.Generator,

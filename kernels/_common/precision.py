@@ -1,5 +1,7 @@
 """The precision rule of every operation: states and sums in float32, float64 for float64 inputs."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 
@@ -8,6 +10,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def no_autocast(device_type: str) -> torch.autocast:
+def no_autocast(device_type: str) -> AbstractContextManager:
     """Context in which autocast does not lower the precision of an operation's inner products."""
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()  # the meta device, for one, has none to switch off
     return torch.autocast(device_type, enabled=False)

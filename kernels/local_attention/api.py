@@ -62,8 +62,7 @@ def local_attention(
         extra_key: ``(B, M, H, D)``, keys without a place on the grid, seen by all image queries.
         extra_value: ``(B, M, H, E)``, given with `extra_key`.
         return_lse: return ``(o, lse)``; both differentiate, once.
-        impl: ``auto``, ``reference`` (PyTorch, any device) or ``triton``. The reference stands
-            outside compiled graphs: `torch.compile` breaks its graph there.
+        impl: ``auto``, ``reference`` (PyTorch, any device) or ``triton``.
 
     Returns:
         ``(B, N, H, E)`` in ``query.dtype``. With `return_lse` also ``(B, N, H)``, natural

@@ -7,7 +7,7 @@ dq, ..., are (B, H, [n tiles,] tokens, D), lse being (..., 1).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from .._common.precision import accumulation_dtype, no_autocast
 from .tiles import Budget, Geometry, Tile, add_keys, put_queries, take_keys, take_queries
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # query, key, value, extra key and value
+Inputs = Sequence[Tensor]  # query, key, value, extra key, extra value; or their gradients
 
 
 def _scores(q: Tensor, k: Tensor, hidden: Tensor | None) -> Tensor:
@@ -138,7 +138,7 @@ def _parts(
     query, key, value, extra_key, _ = inputs
     budget = Budget.of(geometry, key, value, extra_key)
     for cut in budget.parts(query.shape[0], query.shape[2]):
-        yield tuple(x[cut] for x in inputs), [x[cut] for x in others]
+        yield [x[cut] for x in inputs], [x[cut] for x in others]
 
 
 # Opaque operators, lest a compiler unroll the loops over tiles into its graph.
@@ -210,7 +210,8 @@ class _LocalAttention(torch.autograd.Function):
     """Keeps inputs, output and lse only, and computes every tile again in the backward pass."""
 
     @staticmethod
-    def forward(  # spelt out: torch.compile tells by the count of names that there is no ctx
+    def forward(
+        # Spelt out, since torch.compile counts the names to see that there is no ctx.
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -233,7 +234,8 @@ class _LocalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple:
-        # Grad mode is on where a second derivative may follow; torch.compile cannot trace _Gradient.
+        # Grad mode is on where a second derivative may follow. torch.compile, which has none,
+        # cannot trace a function inside a backward.
         bwd = torch.ops.lintra.local_attention_reference_bwd
         differentiate = _Gradient.apply if torch.is_grad_enabled() else bwd
         grads = differentiate(*ctx.saved_tensors, grad_out, grad_lse, *ctx.numbers)

@@ -1,0 +1,86 @@
+"""Batches, noise and dropped labels depend on seed and step alone."""
+
+from itertools import islice
+
+import torch
+
+from lintra.diffusion.training.assemble import build_process
+from lintra.diffusion.training.batches import StepSampler, flip_half, step_generator
+from lintra.diffusion.training.config import NoiseConfig
+from lintra.diffusion.training.objective import DDPMObjective, disable_internal_label_dropout
+from tiny_models import inputs, tiny_dit
+
+
+def take(count, **changes):
+    options = {"seed": 0, "start": 0, "rank": 0, "num_processes": 1, **changes}
+    return list(islice(StepSampler(10, 4, **options), count))
+
+
+def test_every_epoch_has_every_image_once():
+    # 20 = two epochs, whose border lies inside the third batch
+    indices = [index for batch in take(5) for index in batch]
+    assert sorted(indices[:10]) == sorted(indices[10:]) == list(range(10))
+    assert indices[:10] != indices[10:]
+
+
+def test_starting_later_continues_the_same_sequence():
+    assert take(5)[3:] == take(2, start=3)
+
+
+def test_processes_share_one_sequence():
+    parts = [take(3, rank=rank, num_processes=2) for rank in range(2)]
+    assert [batch for pair in zip(*parts, strict=True) for batch in pair] == take(6)
+
+
+def test_seeds_differ():
+    assert take(2) != take(2, seed=1)
+    draws = {
+        torch.rand(1, generator=step_generator(*key)).item()
+        for key in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 1, -1)]
+    }
+    assert len(draws) == 5
+
+
+def test_flips():
+    images = torch.arange(64 * 6.0).view(64, 1, 2, 3)
+    flipped = flip_half(images, torch.Generator().manual_seed(0))
+    mirrored = (flipped == images.flip(-1)).flatten(1).all(1)
+    kept = (flipped == images).flatten(1).all(1)
+    assert (mirrored ^ kept).all()
+    assert 16 < mirrored.sum() < 48
+
+
+class Spy(torch.nn.Module):
+    """Records its arguments and predicts nothing."""
+
+    dtype = torch.float32
+
+    def forward(self, x, timestep, class_labels, return_dict):
+        self.seen = (x, timestep, class_labels)
+        return (torch.cat([x, x], 1),)
+
+
+def test_student_and_teacher_see_the_same_input_and_condition():
+    weights = {"noise": 1.0, "noise_distillation": 0.5}
+    options = {"class_dropout_prob": 0.5, "null_label": 10}
+    objective = DDPMObjective(build_process(NoiseConfig()), weights, **options)
+    student, teacher = Spy(), Spy()
+    labels = torch.arange(200) % 10
+    clean = torch.randn(200, 1, 2, 2)
+    objective(student, teacher, clean, labels, step_generator(0, 0, 0))
+    for a, b in zip(student.seen, teacher.seen, strict=True):
+        assert torch.equal(a, b)
+    dropped = student.seen[2] == 10
+    assert 70 < dropped.sum() < 130
+    assert torch.equal(student.seen[2][~dropped], labels[~dropped])
+    first = student.seen
+    objective.weights = {"noise": 1.0}
+    objective(student, None, clean, labels, step_generator(0, 0, 0))
+    assert all(torch.equal(a, b) for a, b in zip(first, student.seen, strict=True))
+
+
+def test_no_block_drops_labels_for_itself():
+    model = tiny_dit().train()
+    disable_internal_label_dropout(model)
+    outputs = [model(**inputs()).sample for _ in range(20)]
+    assert all(torch.equal(out, outputs[0]) for out in outputs)
