@@ -225,20 +225,7 @@ def _may_be_missing(name: str, model: nn.Module) -> bool:
     return bool(path) and leaf != "" and isinstance(model.get_submodule(path), PRepBN)
 
 
-def _check(converted: State, model: nn.Module, report: OfficialReport) -> None:
-    """Every entry has its place and shape, and every place its entry."""
-    expected = model.state_dict()
-    missing = [name for name in expected if name not in converted]
-    report.untouched = [name for name in missing if _may_be_missing(name, model)]
-    problems = {
-        "missing": [name for name in missing if name not in report.untouched],
-        "left over": [name for name in converted if name not in expected],
-        "of another shape": [
-            f"{name} {tuple(value.shape)} for {tuple(expected[name].shape)}"
-            for name, value in converted.items()
-            if name in expected and value.shape != expected[name].shape
-        ],
-    }
+def _fail(model: nn.Module, problems: dict[str, list[str]]) -> None:
     texts = [
         f"{len(names)} {kind} ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})"
         for kind, names in problems.items()
@@ -248,6 +235,30 @@ def _check(converted: State, model: nn.Module, report: OfficialReport) -> None:
         raise ValueError(
             f"`checkpoint` must fit {type(model).__name__} exactly, got {'; '.join(texts)}"
         )
+
+
+def _check_names(converted: State, model: nn.Module, report: OfficialReport) -> None:
+    """Every entry has its place, and every place its entry."""
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in converted]
+    report.untouched = [name for name in missing if _may_be_missing(name, model)]
+    _fail(
+        model,
+        {
+            "missing": [name for name in missing if name not in report.untouched],
+            "left over": [name for name in converted if name not in expected],
+        },
+    )
+
+
+def _check_shapes(converted: State, model: nn.Module) -> None:
+    expected = model.state_dict()
+    misfits = [
+        f"{name} {tuple(value.shape)} for {tuple(expected[name].shape)}"
+        for name, value in converted.items()
+        if value.shape != expected[name].shape
+    ]
+    _fail(model, {"of another shape": misfits})
 
 
 def load_official(
@@ -276,11 +287,12 @@ def load_official(
     report = OfficialReport()
     report.source, state = extract_weights(checkpoint, prefer_ema=prefer_ema)
     converted = _Converter(model, report).convert(state)
+    _check_names(converted, model, report)
     resized = filter_checkpoint(converted, model)
+    _check_shapes(resized, model)
     report.resized = [
         name for name, value in resized.items() if value.shape != converted[name].shape
     ]
-    _check(resized, model, report)
     with torch.no_grad():
         model.load_state_dict(resized, strict=False)
     report.loaded = sorted(resized)

@@ -14,6 +14,7 @@ from timm.layers import (
     trunc_normal_,
 )
 from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_module
 from timm.models._manipulate import checkpoint_seq, named_apply
 from timm.models.vision_transformer import get_init_weights_vit
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ except ImportError:
 Grid = tuple[int, int]
 
 
+@register_notrace_module
 class ConvEmbed(Foldable, nn.Module):
     """A strided convolution and a norm; the norm folds back into the convolution.
 
@@ -87,6 +89,7 @@ class ConvEmbed(Foldable, nn.Module):
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
+@register_notrace_module
 class HierarchicalBlock(Foldable, nn.Module):
     """Pre-norm attention and Mlp on a channels-last map.
 
@@ -137,6 +140,7 @@ class HierarchicalBlock(Foldable, nn.Module):
         return x.unflatten(1, grid)
 
 
+@register_notrace_module
 class HierarchicalStage(nn.Module):
     """Downsampling, an optional position table, and blocks.
 

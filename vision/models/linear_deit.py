@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features_fx import register_notrace_module
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -37,6 +38,7 @@ class _NoAttention(nn.Module):
         super().__init__()
 
 
+@register_notrace_module
 class LinearViTBlock(FoldableViTBlock):
     """timm's pre-norm block around a linear mixer.
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from timm.models._features_fx import register_notrace_module
 from timm.models.swin_transformer import (
     SwinTransformerBlock,
     WindowAttention,
@@ -31,6 +32,7 @@ class FoldableWindowAttention(WindowAttention):
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
+@register_notrace_module
 class LinearSwinBlock(Foldable, SwinTransformerBlock):
     """timm's Swin block around window softmax attention or a linear mixer over the map.
 
