@@ -62,30 +62,28 @@ class ConvEmbed(Foldable, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride=stride, padding=padding, **dd)
         self.norm = norm_layer(dim, **dd)
 
     def output_grid(self, size: Grid) -> Grid:
         """Tokens for an image or map of `size`."""
-        (kernel, _), (stride, _), (padding, _) = (
-            self.proj.kernel_size,
-            self.proj.stride,
-            self.proj.padding,
-        )
+        kernel, stride, padding = self.kernel_size, self.stride, self.padding
         if min(size) + 2 * padding < kernel:
             side = kernel - 2 * padding
             raise ValueError(
                 f"`img_size` must give every stage a map of at least {side} x {side},"
                 f" got {size[0]} x {size[1]}"
             )
-        return tuple((side + 2 * padding - kernel) // stride + 1 for side in size)
+        height, width = ((side + 2 * padding - kernel) // stride + 1 for side in size)
+        return height, width
 
     def norm_sites(self) -> list[NormSite]:
         return [NormSite(self, "norm", writer=self.proj)]
 
     def forward(self, x: Tensor) -> Tensor:
-        self.output_grid(x.shape[-2:])
+        self.output_grid((x.shape[2], x.shape[3]))
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
 
 
@@ -114,9 +112,9 @@ class HierarchicalBlock(Foldable, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm1 = norm_layer(dim, **dd)
-        self.attn = attn
+        self.attn: Any = attn
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
@@ -166,7 +164,7 @@ class HierarchicalStage(nn.Module):
         self.grad_checkpointing = False
         self.table_grid = grid
         self.downsample = downsample
-        self.pos_embed = None
+        self.pos_embed: nn.Parameter | None = None
         if use_pos_embed:
             table = torch.empty(1, grid[0] * grid[1], dim, device=device, dtype=dtype)
             self.pos_embed = nn.Parameter(table)
@@ -177,11 +175,11 @@ class HierarchicalStage(nn.Module):
         if self.pos_embed is not None:
             trunc_normal_(self.pos_embed, std=0.02)
 
-    def _positions(self, grid: Grid) -> Tensor:
+    def _positions(self, table: Tensor, grid: Grid) -> Tensor:
         if grid == self.table_grid:
-            return self.pos_embed
+            return table
         return resample_abs_pos_embed(
-            self.pos_embed,
+            table,
             new_size=list(grid),
             old_size=list(self.table_grid),
             num_prefix_tokens=0,
@@ -190,9 +188,10 @@ class HierarchicalStage(nn.Module):
     def set_input_size(self, grid: Grid) -> None:
         """Makes `grid` the usual map; position tables are resized."""
         if self.pos_embed is not None:
-            table = self._positions(grid).detach()
+            table = self._positions(self.pos_embed, grid).detach()
             self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
         self.table_grid = grid
+        block: Any
         for block in self.blocks:
             if hasattr(block.attn, "set_input_size"):
                 block.attn.set_input_size(grid)
@@ -202,13 +201,13 @@ class HierarchicalStage(nn.Module):
             x = self.downsample(x.permute(0, 3, 1, 2))
         if self.pos_embed is not None:
             grid = (x.shape[1], x.shape[2])
-            x = x + self._positions(grid).unflatten(1, grid)
+            x = x + self._positions(self.pos_embed, grid).unflatten(1, grid)
         if self.grad_checkpointing and not torch.jit.is_tracing():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
 
 
-class HierarchicalBackbone(FoldableReadout, nn.Module):
+class HierarchicalBackbone(FoldableReadout):
     """A stem, stages, an optional final norm, pooling and a classifier.
 
     Args:
@@ -288,6 +287,7 @@ class HierarchicalBackbone(FoldableReadout, nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Computes blocks a second time in the backward pass to save memory."""
+        stage: Any
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
@@ -302,6 +302,7 @@ class HierarchicalBackbone(FoldableReadout, nn.Module):
             img_size: ``(height, width)``, pixels.
         """
         size = to_2tuple(img_size)
+        stage: Any
         grids = [self.patch_embed.output_grid(size)]
         for stage in self.stages[1:]:
             grids.append(stage.downsample.output_grid(grids[-1]))

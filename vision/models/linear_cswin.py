@@ -78,7 +78,7 @@ class LinearCSwinTransformer(HierarchicalBackbone):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         kinds = attention_choices(attn, depths)
         norms = norm_choices(norm, depths, norm_eps)
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
@@ -94,7 +94,8 @@ class LinearCSwinTransformer(HierarchicalBackbone):
             blocks = []
             for block in range(depths[index]):
                 kind = kinds[index][block]
-                common = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **dd}
+                common: dict[str, Any] = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **dd}
+                mixer: nn.Module
                 if kind == "softmax":
                     mixer = CrossShapedWindowAttention(
                         dim,
@@ -106,7 +107,7 @@ class LinearCSwinTransformer(HierarchicalBackbone):
                     )
                 else:
                     # InLine-CSwin makes its local kernels from the block's un-normed input.
-                    extra = {"raw_context": True} if kind == "inline" else {}
+                    extra: dict[str, Any] = {"raw_context": True} if kind == "inline" else {}
                     mixer = MIXERS[kind](
                         dim, num_heads[index], grid=grid, lepe=True, **extra, **common
                     )

@@ -81,22 +81,24 @@ class LinearPyramidTransformer(HierarchicalBackbone):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         kinds = attention_choices(attn, depths)
         norms = norm_choices(norm, depths, norm_eps)
         patch_eps = norm_eps if patch_norm_eps is None else patch_norm_eps
         patch_norms = norm_choices(norm, depths, patch_eps)
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
-        stem, stages = None, []
+        stages: list[HierarchicalStage] = []
         grid, previous = to_2tuple(img_size), in_chans
         for index, dim in enumerate(embed_dims):
             side = 2 if index else 4
             embed = ConvEmbed(previous, dim, side, side, 0, patch_norms[index][0], **dd)
             grid, previous = embed.output_grid(grid), dim
-            stem = stem or embed
+            if index == 0:
+                stem = embed
             blocks = []
             for block in range(depths[index]):
-                common = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **dd}
+                common: dict[str, Any] = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **dd}
+                mixer: nn.Module
                 if kinds[index][block] == "softmax":
                     mixer = SpatialReductionAttention(
                         dim,

@@ -1,6 +1,7 @@
 """Fits saved weights to a model of another image size: position tables are resampled."""
 
 import math
+from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
@@ -25,7 +26,7 @@ def _source_grid(num_tokens: int, model: nn.Module) -> Grid:
     )
 
 
-def _resize(name: str, value: Tensor, owner: nn.Module, model: nn.Module) -> Tensor:
+def _resize(name: str, value: Tensor, owner: Any, model: nn.Module) -> Tensor:
     leaf = name.rpartition(".")[2]
     target = getattr(owner, leaf)
     if leaf == "relative_position_bias_table":
@@ -39,7 +40,7 @@ def _resize(name: str, value: Tensor, owner: nn.Module, model: nn.Module) -> Ten
     )
 
 
-def filter_checkpoint(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def filter_checkpoint(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """timm's hook before weights are loaded.
 
     Args:
