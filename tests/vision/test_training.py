@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lintra.tools import cli, timm_cli, train_backbone
+from lintra.tools import backbone_study, cli, timm_cli, train_backbone
 from lintra.vision import PRepBN, fold_norms
 from lintra.vision.training.config import (
     CheckpointConfig,
@@ -229,6 +229,25 @@ def test_packed_npz(tmp_path: Path) -> None:
     assert label == 0
 
 
+def test_starts_from_a_trained_folder(tmp_path: Path, files: dict[str, str]) -> None:
+    first = small_recipe(tmp_path / "first", files, training={"max_steps": 2})
+    BackboneTrainer(first).run()
+    two = np.load(files["train"])
+    np.savez(tmp_path / "two.npz", images=two["images"], labels=two["labels"] % 2)
+    args = {**first.model.args, "img_size": 24}
+    model = {"pretrained": str(tmp_path / "first" / "last"), "args": args}
+    recipe = small_recipe(tmp_path / "second", {**files, "val": None}, model=model)
+    recipe = replace(recipe, data=replace(recipe.data, train=str(tmp_path / "two.npz")))
+    network = BackboneTrainer(recipe).network
+    saved = load_file(tmp_path / "first" / "last" / "model.safetensors")
+    torch.testing.assert_close(network.blocks[0].attn.qkv.weight, saved["blocks.0.attn.qkv.weight"])
+    assert network.blocks[0].attn.positional_encoding.shape == (1, 36, 16)
+    assert network.head.out_features == 2
+    recipe = replace(recipe, model=replace(recipe.model, pretrained=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"`model.pretrained` must be a folder as `best` of a run"):
+        BackboneTrainer(recipe)
+
+
 def test_strongest_posterize_keeps_a_bit(tmp_path: Path, files: dict[str, str]) -> None:
     data = {"auto_augment": "rand-m10-inc1"}
     trainer = BackboneTrainer(small_recipe(tmp_path, files, data=data))
@@ -391,3 +410,24 @@ def test_timm_scripts_see_our_models(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert timm_cli.main([]) == 2
     assert timm_cli.main(["none.py"]) == 2
     assert "must be the path of a timm script, got 'none.py'" in capsys.readouterr().err
+
+
+def test_study_writes_its_table(tmp_path: Path, files: dict[str, str]) -> None:
+    words = [
+        "--config", str(ROOT / "configs" / "vision" / "imagenette64_deit.yaml"),
+        "--seeds", "0", "1", "--arms", "softmax, LayerNorm", "SLA, PRepBN (SLAB)",
+        "--table", str(tmp_path / "results" / "table.md"), "--throughput-batch", "2",
+        "--output_dir", str(tmp_path), "--data.train", files["train"], "--data.val", files["val"],
+        "--data.batch_size", "8", "--data.workers", "0", "--training.max_steps", "2",
+        "--training.mixed_precision", "no", "--norm.recalibration_passes", "1",
+        "--model.args",
+        "{img_size: 16, patch_size: 4, embed_dim: 8, depth: 1, num_heads: 1}",
+    ]  # fmt: skip
+    for _ in range(2):  # the second time nothing is left to train
+        assert backbone_study.main(words) == 0
+    table = (tmp_path / "results" / "table.md").read_text()
+    assert table.count("\n| ") == 3
+    assert "| SLA, PRepBN (SLAB) |" in table
+    assert "python -m lintra.tools.backbone_study --config" in table
+    bad = [*words, "--model.name", "nothing", "--output_dir", str(tmp_path / "new")]
+    assert backbone_study.main(bad) == 2

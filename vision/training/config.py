@@ -20,7 +20,8 @@ class ModelConfig:
     Args:
         name: of a model that timm knows, ours among them.
         args: further arguments of its constructor, e.g. ``{attn: inline, norm: prepbn}``.
-        pretrained: folder of weights to start from (``timm.create_model("local-dir:...")``).
+        pretrained: folder to start from, as `best` and `last` of a run or of `lintra convert`;
+            another image size or number of classes will do.
         grad_checkpointing: compute blocks again in the backward pass to save memory.
         compile: torch.compile the training step's model.
     """

@@ -1,5 +1,6 @@
 """The training loop of the backbones: timm's parts under accelerate, resumable to the digit."""
 
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -52,6 +53,19 @@ class TrainingResult:
     signum: int | None
 
 
+def _weights(folder: str) -> dict[str, Any]:
+    """The entries of a pretrained_cfg that point at a folder's weights."""
+    file = Path(folder) / "model.safetensors"
+    try:
+        config = json.loads((file.parent / "config.json").read_text())
+        num_classes = config["num_classes"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"`model.pretrained` must be a folder as `best` of a run, got {folder!r}: {error}"
+        ) from error
+    return {"file": str(file), "num_classes": num_classes}
+
+
 def create_backbone(recipe: Recipe, num_classes: int) -> nn.Module:
     """The recipe's model.
 
@@ -59,16 +73,13 @@ def create_backbone(recipe: Recipe, num_classes: int) -> nn.Module:
         ValueError: a name that timm does not know, or arguments that the model refuses.
     """
     config = recipe.model
-    name = config.name if config.pretrained is None else f"local-dir:{config.pretrained}"
-    if config.pretrained is None and not timm.is_model(config.name):
+    if not timm.is_model(config.name):
         raise ValueError(f"`model.name` must be a model of timm or lintra, got {config.name!r}")
+    arguments = {"num_classes": num_classes, **config.args}
+    if config.pretrained is not None:
+        arguments |= {"pretrained": True, "pretrained_cfg_overlay": _weights(config.pretrained)}
     try:
-        model = timm.create_model(
-            name,
-            pretrained=config.pretrained is not None,
-            num_classes=num_classes,
-            **config.args,
-        )
+        model = timm.create_model(config.name, **arguments)
     except (TypeError, RuntimeError) as error:
         raise ValueError(
             f"`model.args` must fit {config.name}, got {config.args}: {error}"
@@ -122,7 +133,9 @@ class BackboneTrainer:
                 num_classes=num_classes,
             )
         self._prepare(loader, val_loader)
-        self.epoch, self.step, self.micro_steps_done, self.best = 0, 0, 0, None
+        self.epoch, self.step, self.micro_steps_done = 0, 0, 0
+        self.best: float | None = None
+        self.validated_step = 0
         if resume is not None:
             state = load_checkpoint(self.accelerator, resume)
             self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
@@ -324,8 +337,9 @@ class BackboneTrainer:
         return 100 * right / count
 
     def _validate(self) -> None:
-        if self.val_loader is None:
+        if self.val_loader is None or self.validated_step == self.step:
             return
+        self.validated_step = self.step
         row = {"accuracy": self._accuracy(self.network)}
         network = self.network
         if self.ema is not None:
@@ -348,6 +362,7 @@ class BackboneTrainer:
 
     def _finish(self) -> TrainingResult:
         """Recalibrates batch norms, measures once more, and saves the last model."""
+        self._validate()
         network = self.network if self.ema is None else self.ema.module
         passes = self.recipe.norm.recalibration_passes
         if passes and any(
