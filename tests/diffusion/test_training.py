@@ -258,7 +258,7 @@ def test_recipes_that_do_not_fit(teacher, latent_teacher, photographs, tmp_path)
 def test_two_processes_train_and_resume(teacher, tmp_path):
     config = _write_yaml(tmp_path / "recipe.yaml")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    launch += ["--master-port=0", "-m", "lintra.tools.train", f"--config={config}"]
+    launch += ["--standalone", "-m", "lintra.tools.train", f"--config={config}"]
     launch += ["--checkpoint.checkpointing_steps=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     for steps in (2, 4):
