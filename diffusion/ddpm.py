@@ -4,6 +4,7 @@ diffusers' schedulers sample from it; training with a learned variance needs its
 """
 
 import math
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class DDPMProcess:
         beta = 1 - abar / abar_before
         variance = beta * (1 - abar_before) / (1 - abar)
         self.num_steps = len(abar)
-        self._tables = {
+        tables = {
             "sqrt_abar": abar.sqrt(),
             "sqrt_one_minus_abar": (1 - abar).sqrt(),
             "mean_x0": beta * abar_before.sqrt() / (1 - abar),
@@ -43,11 +44,16 @@ class DDPMProcess:
             # The posterior variance at t = 0 is 0: its logarithm is replaced by that of t = 1.
             "log_variance": torch.cat([variance[1:2], variance[1:]]).log(),
         }
+        self._tables = {name: values.float() for name, values in tables.items()}
+
+    def to(self, device: torch.device) -> Self:
+        """Moves the tables to `device`, in place: that of the timesteps they are read at."""
+        self._tables = {name: values.to(device) for name, values in self._tables.items()}
+        return self
 
     def table(self, name: str, timestep: Tensor) -> Tensor:
         """Entries `timestep` (B,) of a table, as float32 (B, 1, 1, 1)."""
-        values = self._tables[name].float()
-        return values.to(timestep.device)[timestep].view(-1, 1, 1, 1)
+        return self._tables[name][timestep].view(-1, 1, 1, 1)
 
     def add_noise(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """x_t of x_0 = `clean` and unit normal `noise`, all (B, C, H, W)."""

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +122,20 @@ def replace_folder(partial: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def save_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> None:
-    """`pipeline.save_pretrained` that leaves nothing half: an interruption keeps the old folder."""
+def save_pipeline(
+    pipeline: DiffusionPipeline, folder: str | Path, texts: Mapping[str, str] | None = None
+) -> None:
+    """`pipeline.save_pretrained` that leaves nothing half: an interruption keeps the old folder.
+
+    Args:
+        pipeline: what is saved.
+        folder: its folder, replaced if it exists.
+        texts: further files to put there, name -> content.
+    """
     folder = Path(folder)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)
+    for name, text in (texts or {}).items():
+        (partial / name).write_text(text)
     replace_folder(partial, folder)

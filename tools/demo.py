@@ -17,6 +17,7 @@ from lintra.diffusion.losses import LOSS_TERMS
 from lintra.diffusion.sampling import balanced_labels, sample_images
 from lintra.diffusion.training.config import Recipe, parse_recipe
 from lintra.diffusion.training.images import open_images
+from lintra.diffusion.training.loop import RECIPE_FILE
 from lintra.diffusion.training.metrics import plot_losses
 
 from .distill import run_recipe
@@ -48,16 +49,13 @@ def _shorten(recipe: Recipe) -> Recipe:
 
 def _train(recipe: Recipe, *, reuse: bool = False) -> None:
     """Runs a recipe unless its pipeline is there already from the very same recipe."""
-    record = Path(recipe.output_dir) / "recipe.json"
-    text = json.dumps(asdict(recipe), indent=1)
-    done = (Path(recipe.output_dir) / "pipeline").is_dir() and record.is_file()
-    if reuse and done and record.read_text() == text:
+    record = Path(recipe.output_dir) / "pipeline" / RECIPE_FILE
+    if reuse and record.is_file() and json.loads(record.read_text()) == asdict(recipe):
         print(f"{recipe.output_dir}: taken from an earlier run")
         return
     code, _ = run_recipe(recipe)
     if code:
         sys.exit(code)
-    record.write_text(text)
 
 
 def _measure(recipe: Recipe, num_images: int) -> tuple[dict[str, float], Tensor]:

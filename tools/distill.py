@@ -14,7 +14,7 @@ _SIGNAL_EXIT = 128
 def run_recipe(recipe: Recipe) -> tuple[int, TrainingResult | None]:
     """Trains, prints where the results are or why there are none, and gives the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
     try:
         trainer = Trainer(recipe)
     except (ValueError, FileNotFoundError) as error:

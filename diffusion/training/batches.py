@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from .images import ImageSource
+from .latent_cache import LatentCache
+
 
 def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
     """Generator of all random draws of one micro-step on one process."""
@@ -50,9 +53,15 @@ class StepSampler(Sampler[list[int]]):
 
 
 def make_loader(
-    dataset: ImageSource | LatentCache, batch_size: int, *, seed: int, start: int, rank: int, num_processes: int,
+    dataset: ImageSource | LatentCache,
+    batch_size: int,
+    *,
+    seed: int,
+    start: int,
+    rank: int,
+    num_processes: int,
     num_workers: int,
-) -> DataLoader:  # fmt: skip
+) -> DataLoader:
     """Loader of the batches from micro-step `start` on."""
     sampler = StepSampler(
         len(dataset),

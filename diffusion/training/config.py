@@ -241,7 +241,7 @@ def parse_recipe(arguments: Sequence[str], prog: str, description: str) -> Recip
     A wrong key, type, value or path ends the process with one line of explanation and code 2.
     """
     usage = "%(prog)s --config recipe.yaml [--group.field value ...]"
-    parser = ArgumentParser(prog=prog, description=description, usage=usage)
+    parser = ArgumentParser(prog=prog, description=description, usage=usage, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="recipe, a YAML file")
     parser.add_class_arguments(Recipe)
     values = parser.parse_args(list(arguments))

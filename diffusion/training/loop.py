@@ -1,5 +1,6 @@
 """The training loop: from scratch or distilling, on one process or many, resumable to the digit."""
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from .objective import DDPMObjective
 from .signals import StopRequest
 from .validation import validate
 
+# In the folder of a trained pipeline: the recipe that made it.
+RECIPE_FILE = "recipe.json"
 OPTIMIZERS = {"adamw": torch.optim.AdamW}
 _TEACHER_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -103,7 +106,7 @@ class Trainer:
         self._place_frozen_models()
         self.data = TrainingData(recipe, images, self.models, self.accelerator)
         self.objective = DDPMObjective(
-            build_process(recipe.noise),
+            build_process(recipe.noise).to(self.accelerator.device),
             recipe.loss,
             class_dropout_prob=config.class_dropout_prob,
             null_label=self.models.student.config.num_embeds_ada_norm,
@@ -305,7 +308,8 @@ class Trainer:
             with self._averaged_weights():
                 pipeline = build_pipeline(student, self.models, self.recipe.noise)
                 self._sample_grid(pipeline, "final")
-                save_pipeline(pipeline, folder)
+                recipe = json.dumps(asdict(self.recipe), indent=1)
+                save_pipeline(pipeline, folder, {RECIPE_FILE: recipe})
             metrics = self.output_dir / "metrics.jsonl"
             plot_losses({self.output_dir.name: metrics}, self.output_dir / "loss.png")
         self.accelerator.wait_for_everyone()

@@ -5,7 +5,7 @@ from numbers import Integral, Real
 from torch import Tensor
 
 from .._common.checks import IMPLEMENTATIONS, check_choice, check_grid, check_shape, check_tensor
-from .reference import local_attention_reference
+from .ops import local_attention_op
 
 
 def why_not_triton(query: Tensor, key: Tensor, value: Tensor) -> str | None:
@@ -110,7 +110,7 @@ def local_attention(
     reason = why_not_triton(query, key, value)
     if impl == "triton" and reason is not None:
         raise NotImplementedError(f"`impl` must not be 'triton' for local_attention: {reason}")
-    out, lse = local_attention_reference(
+    out, lse = local_attention_op(
         query,
         key,
         value,

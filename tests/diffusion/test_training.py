@@ -66,6 +66,17 @@ def test_distillation_end_to_end(teacher, tmp_path):
     assert list(tmp_path.glob("lintra/events*"))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_precisions_on_a_gpu(teacher, tmp_path, precision):
+    training = {"mixed_precision": precision, "max_train_steps": 20}
+    result = Trainer(distillation_recipe(tmp_path, teacher, training=training)).run()
+    rows = losses(tmp_path)
+    assert all(row["loss"] < 3 for row in rows)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert_linear(load_pipeline(result.pipeline).transformer)
+
+
 def test_the_pipeline_has_the_averaged_weights(tmp_path):
     checkpoint = {"checkpointing_steps": 6}
     averaged = Trainer(digits_recipe(tmp_path / "a", checkpoint=checkpoint)).run().pipeline
@@ -258,7 +269,7 @@ def test_recipes_that_do_not_fit(teacher, latent_teacher, photographs, tmp_path)
 def test_two_processes_train_and_resume(teacher, tmp_path):
     config = _write_yaml(tmp_path / "recipe.yaml")
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    launch += ["--master-port=0", "-m", "lintra.tools.train", f"--config={config}"]
+    launch += ["--standalone", "-m", "lintra.tools.train", f"--config={config}"]
     launch += ["--checkpoint.checkpointing_steps=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     for steps in (2, 4):

@@ -1,0 +1,129 @@
+"""Local attention as PyTorch operators with their gradient: what compilers and autograd see."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._common.precision import accumulation_dtype, no_autocast
+from .reference import backward, forward, parts
+from .tiles import Geometry
+
+# Opaque operators, lest a compiler unroll the loops over tiles into its graph.
+_TENSORS = "Tensor query, Tensor key, Tensor value, Tensor extra_key, Tensor extra_value"
+_NUMBERS = "SymInt height, SymInt width, SymInt num_prefix, float radius, float scale"
+_RESULTS = "Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse"
+_FWD, _BWD = "lintra::local_attention_reference_fwd", "lintra::local_attention_reference_bwd"
+torch.library.define(_FWD, f"({_TENSORS}, {_NUMBERS}) -> (Tensor, Tensor)")
+torch.library.define(
+    _BWD, f"({_TENSORS}, {_RESULTS}, {_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake(_FWD)
+def _empty_results(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    out = value.new_empty(*query.shape[:3], value.shape[3])
+    return out, query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
+
+
+@torch.library.register_fake(_BWD)
+def _empty_grads(*arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in arguments[:5])
+
+
+@torch.library.impl(_FWD, "CompositeExplicitAutograd")
+def _forward_all(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs, (*place, scale) = arguments[:5], arguments[5:]
+    geometry = Geometry(*place)
+    out, lse = _empty_results(*inputs)
+    with no_autocast(out.device.type):
+        for part, (out_part, lse_part) in parts(geometry, inputs, [out, lse.unsqueeze(3)]):
+            forward(geometry, scale, part, out_part, lse_part)
+    return out, lse
+
+
+@torch.library.impl(_BWD, "CompositeExplicitAutograd")
+def _backward_all(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, (out, lse, grad_out, grad_lse, *place, scale) = arguments[:5], arguments[5:]
+    geometry = Geometry(*place)
+    results = [out, lse.unsqueeze(3), grad_out, grad_lse.unsqueeze(3)]
+    # Sums over tiles are in the accumulation dtype; a query belongs to one tile only.
+    grads = [inputs[0].new_empty(inputs[0].shape)]
+    grads += [x.new_zeros(x.shape, dtype=lse.dtype) for x in inputs[1:]]
+    with no_autocast(out.device.type):
+        for part, others in parts(geometry, inputs, results + grads):
+            backward(geometry, scale, part, others[:4], others[4:])
+    return tuple(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
+
+
+class _Gradient(torch.autograd.Function):
+    """The first derivative, which has none itself (`once_differentiable` would detach it)."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return torch.ops.lintra.local_attention_reference_bwd(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple:
+        raise NotImplementedError(
+            "`local_attention` must be differentiated only once, got a second derivative"
+        )
+
+
+class _LocalAttention(torch.autograd.Function):
+    """Keeps inputs, output and lse only, and computes every tile again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        # Spelt out, since torch.compile counts the names to see that there is no ctx.
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        extra_key: Tensor,
+        extra_value: Tensor,
+        height: int,
+        width: int,
+        num_prefix: int,
+        radius: float,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        tensors = (query, key, value, extra_key, extra_value)
+        fwd = torch.ops.lintra.local_attention_reference_fwd
+        return fwd(*tensors, height, width, num_prefix, radius, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs[:5], *output)
+        ctx.numbers = inputs[5:]
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple:
+        # Grad mode is on where a second derivative may follow. torch.compile, which has none,
+        # cannot trace a function inside a backward.
+        bwd = torch.ops.lintra.local_attention_reference_bwd
+        differentiate = _Gradient.apply if torch.is_grad_enabled() else bwd
+        grads = differentiate(*ctx.saved_tensors, grad_out, grad_lse, *ctx.numbers)
+        return *grads, *(None for _ in ctx.numbers)
+
+
+def local_attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: tuple[int, int],
+    radius: float,
+    num_prefix: int,
+    scale: float,
+    extra_key: Tensor | None,
+    extra_value: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The operation of `api.local_attention`: the output and the log-sum-exp."""
+    if extra_key is None or extra_value is None:
+        extra_key, extra_value = key[:, :0].detach(), value[:, :0].detach()
+    tensors = (query, key, value, extra_key, extra_value)
+    return _LocalAttention.apply(*tensors, *grid, num_prefix, float(radius), float(scale))
