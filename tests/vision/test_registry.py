@@ -292,6 +292,8 @@ def test_more_errors() -> None:
         create_small(name, head_dim=8)
     with pytest.raises(ValueError, match=r"`output_fmt` must be NCHW or NHWC, got 'NLC'"):
         create_small("pvt_tiny_slab").forward_intermediates(image(), output_fmt="NLC")
+    with pytest.raises(ValueError, match=r"`patch_size` must be 4, got 8"):
+        create_small("pvt_tiny_slab").set_input_size(patch_size=8)
     model = create_small("deit_tiny_slab_patch16_224")
     with pytest.raises(ValueError, match=r"`attn_mask` must be None for linear attention"):
         model(image(), attn_mask=torch.zeros(16, 16))

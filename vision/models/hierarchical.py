@@ -295,13 +295,21 @@ class HierarchicalBackbone(FoldableReadout):
         """The classifier, an Identity without classes."""
         return self.head.fc
 
-    def set_input_size(self, img_size: int | Grid) -> None:
+    def set_input_size(
+        self, img_size: int | Grid | None = None, patch_size: int | None = None
+    ) -> None:
         """Makes `img_size` the usual one: position tables are resized once instead of each time.
 
         Args:
-            img_size: ``(height, width)``, pixels.
+            img_size: ``(height, width)``, pixels; None keeps it.
+            patch_size: only for the signature that timm's models share: 4 or None.
+
+        Raises:
+            ValueError: another patch size, or an image too small for the stages.
         """
-        size = to_2tuple(img_size)
+        if patch_size not in (None, 4, (4, 4)):
+            raise ValueError(f"`patch_size` must be 4, got {patch_size}")
+        size = self.img_size if img_size is None else to_2tuple(img_size)
         stage: Any
         grids = [self.patch_embed.output_grid(size)]
         for stage in self.stages[1:]:
