@@ -6,6 +6,7 @@ folding. A finished run is not repeated.
 """
 
 import argparse
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,12 @@ ARMS = {
     "SLA, LayerNorm": {"attn": "sla", "norm": "ln"},
     "SLA, PRepBN (SLAB)": {"attn": "sla", "norm": "prepbn"},
 }
+DEFAULT_ARMS = [
+    "softmax, LayerNorm",
+    "InLine, LayerNorm",
+    "SLA, LayerNorm",
+    "SLA, PRepBN (SLAB)",
+]
 COLUMNS = ("arm", "top-1 %", "per seed", "parameters M", "images/s", "folded images/s")
 
 
@@ -82,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", required=True, help="the recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=DEFAULT_ARMS, choices=list(ARMS))
     parser.add_argument("--table", help="file for the table, beside printing it")
     parser.add_argument("--throughput-batch", type=int, default=256)
     return parser
@@ -102,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     lines = [f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
-    command = f"python -m lintra.tools.backbone_study {' '.join(words)}"
+    command = f"python -m lintra.tools.backbone_study {shlex.join(words)}"
     text = "\n".join([*lines, "", f"{device}, torch {torch.__version__}: `{command}`", ""])
     print(text)
     if options.table:
