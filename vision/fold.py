@@ -154,14 +154,12 @@ def fold_norms(model: nn.Module) -> nn.Module:
     """
     owners = [module for module in model.modules() if isinstance(module, Foldable)]
     covered = {id(site.norm) for module in owners for site in module.norm_sites()}
+    # The RepBN inside a PRepBN goes with it.
+    covered |= {id(module.repbn) for module in model.modules() if isinstance(module, PRepBN)}
     left = [
         name
         for name, module in model.named_modules()
-        # The RepBN inside a PRepBN goes with it.
-        if isinstance(module, FOLDABLE_NORMS)
-        and id(module) not in covered
-        and not name.endswith(".repbn")
-        and name != "repbn"
+        if isinstance(module, FOLDABLE_NORMS) and id(module) not in covered
     ]
     if left:
         raise ValueError(

@@ -138,8 +138,8 @@ class LinearMixer(Foldable, nn.Module):
         values = v.flatten(2)
         if self.sr_ratio > 1:
             # Along the flattened tokens, not in the plane: how the official weights were trained.
-            values = values.transpose(1, 2)
-            values = F.interpolate(values, size=q.shape[1], mode="linear").transpose(1, 2)
+            resized = F.interpolate(values.transpose(1, 2), size=q.shape[1], mode="linear")
+            values = resized.transpose(1, 2).to(out.dtype)
         weight, bias = self.local_kernel(mean)
         prefix = self.num_prefix_tokens
         if not prefix:
