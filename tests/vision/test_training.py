@@ -397,6 +397,30 @@ def test_a_signal_leaves_a_checkpoint_and_its_code(tmp_path: Path, files: dict[s
     assert list(tmp_path.glob("checkpoint-*"))
 
 
+def test_two_processes_train_through_all_phases(tmp_path: Path, files: dict[str, str]) -> None:
+    """DistributedDataParallel fails where a parameter is left out of a step."""
+    words = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        "-m", "lintra.tools.train_backbone", "--output_dir", str(tmp_path),
+        "--model.name", "deit_tiny_slab_patch16_224", "--model.args",
+        "{img_size: 16, patch_size: 4, embed_dim: 16, depth: 1, num_heads: 2}",
+        "--data.source", "npz", "--data.train", files["train"], "--data.val", files["val"],
+        "--data.batch_size", "4", "--data.workers", "0", "--training.epochs", "2",
+        "--training.warmup_epochs", "0", "--training.base_size", "8", "--norm.fraction", "0.5",
+        "--training.base_lr", "0.01", "--training.mixed_precision", "no", "--logging_steps", "1",
+        "--norm.recalibration_passes", "1", "--checkpoint.every_epochs", "0",
+    ]  # fmt: skip
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
+    assert [row["mix"] for row in rows if "mix" in row][-1] == 0
+    # 13 images on two processes: each counted once.
+    shares = [row["accuracy"] * 13 / 100 for row in rows if "accuracy" in row]
+    assert all(share == pytest.approx(round(share)) for share in shares)
+
+
 def test_timm_scripts_see_our_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = tmp_path / "validate.py"
     script.write_text(

@@ -330,7 +330,7 @@ class BackboneTrainer:
         right = count = 0
         for images, labels in self.val_loader:
             with self.accelerator.autocast():
-                hits = network(images).argmax(-1) == labels
+                hits = (network(images).argmax(-1) == labels).long()
             hits = self.accelerator.gather_for_metrics(hits)
             right, count = right + int(hits.sum()), count + len(hits)
         network.train(was_training)
