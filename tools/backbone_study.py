@@ -52,7 +52,9 @@ def _last_accuracy(folder: Path) -> float:
     return next(rows[-1][key] for key in keys if key in rows[-1])
 
 
-def run_arm(recipe: Recipe, arm: str, seeds: Sequence[int], batch_size: int) -> list[str]:
+def run_arm(
+    recipe: Recipe, arm: str, seeds: Sequence[int], batch_size: int, seconds: float
+) -> list[str]:
     """Trains one arm with every seed and returns its row of the table."""
     accuracies = []
     for seed in seeds:
@@ -68,7 +70,7 @@ def run_arm(recipe: Recipe, arm: str, seeds: Sequence[int], batch_size: int) -> 
     sizes = getattr(model, "img_size", None) or model.patch_embed.img_size
     dtype = torch.bfloat16 if device == "cuda" else None
     speeds = [
-        images_per_second(network, (3, *sizes), batch_size=batch_size, dtype=dtype)
+        images_per_second(network, (3, *sizes), batch_size=batch_size, dtype=dtype, seconds=seconds)
         for network in (model, fold_norms(model))
     ]
     deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
@@ -92,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--arms", nargs="+", default=DEFAULT_ARMS, choices=list(ARMS))
     parser.add_argument("--table", help="file for the table, beside printing it")
     parser.add_argument("--throughput-batch", type=int, default=256)
+    parser.add_argument("--throughput-seconds", type=float, default=2.0)
     return parser
 
 
@@ -103,7 +106,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     try:
         for arm in options.arms:
-            rows.append(run_arm(recipe, arm, options.seeds, options.throughput_batch))
+            rows.append(
+                run_arm(
+                    recipe, arm, options.seeds, options.throughput_batch, options.throughput_seconds
+                )
+            )
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

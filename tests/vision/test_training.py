@@ -441,6 +441,7 @@ def test_study_writes_its_table(tmp_path: Path, files: dict[str, str]) -> None:
         "--config", str(ROOT / "configs" / "vision" / "imagenette64_deit.yaml"),
         "--seeds", "0", "1", "--arms", "softmax, LayerNorm", "SLA, PRepBN (SLAB)",
         "--table", str(tmp_path / "results" / "table.md"), "--throughput-batch", "2",
+        "--throughput-seconds", "0.01",
         "--output_dir", str(tmp_path), "--data.train", files["train"], "--data.val", files["val"],
         "--data.batch_size", "8", "--data.workers", "0", "--training.max_steps", "2",
         "--training.mixed_precision", "no", "--norm.recalibration_passes", "1",

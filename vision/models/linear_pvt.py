@@ -13,15 +13,18 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from ..attention import MIXERS, SpatialReductionAttention
-from .hierarchical import (
-    ConvEmbed,
-    Grid,
-    HierarchicalBackbone,
-    HierarchicalBlock,
-    HierarchicalStage,
-)
+from .hierarchical import HierarchicalBackbone
 from .loading import filter_checkpoint
 from .options import Choice, attention_choices, default_cfg, norm_choices
+from .stages import ConvEmbed, Grid, HierarchicalStage, build_stage
+
+
+def _mixer(
+    kind: str, dim: int, num_heads: int, *, grid: Grid, attn_drop: float, **kwargs: Any
+) -> nn.Module:
+    if kind == "softmax":
+        return SpatialReductionAttention(dim, num_heads, attn_drop=attn_drop, **kwargs)
+    return MIXERS[kind](dim, num_heads, grid=grid, fused_qkv=False, **kwargs)
 
 
 class LinearPyramidTransformer(HierarchicalBackbone):
@@ -95,42 +98,35 @@ class LinearPyramidTransformer(HierarchicalBackbone):
             grid, previous = embed.output_grid(grid), dim
             if index == 0:
                 stem = embed
-            blocks = []
-            for block in range(depths[index]):
-                common: dict[str, Any] = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **dd}
-                mixer: nn.Module
-                if kinds[index][block] == "softmax":
-                    mixer = SpatialReductionAttention(
-                        dim,
-                        num_heads[index],
-                        sr_ratio=sr_ratios[index],
-                        norm_layer=norms[index][block],
-                        attn_drop=attn_drop_rate,
-                        **common,
-                    )
-                else:
-                    mixer = MIXERS[kinds[index][block]](
-                        dim,
-                        num_heads[index],
-                        grid=grid,
-                        fused_qkv=False,
-                        sr_ratio=linear_sr_ratios[index],
-                        norm_layer=norms[index][block],
-                        **common,
-                    )
-                blocks.append(
-                    HierarchicalBlock(
-                        dim,
-                        mixer,
-                        mlp_ratios[index],
-                        norms[index][block],
-                        rates[index][block],
-                        proj_drop_rate,
-                        **dd,
-                    )
+            mixers = [
+                _mixer(
+                    kind,
+                    dim,
+                    num_heads[index],
+                    grid=grid,
+                    sr_ratio=(sr_ratios if kind == "softmax" else linear_sr_ratios)[index],
+                    norm_layer=layer,
+                    attn_drop=attn_drop_rate,
+                    qkv_bias=qkv_bias,
+                    proj_drop=proj_drop_rate,
+                    **dd,
                 )
-            downsample = embed if index else nn.Identity()
-            stages.append(HierarchicalStage(downsample, blocks, grid, dim, True, **dd))
+                for kind, layer in zip(kinds[index], norms[index], strict=True)
+            ]
+            stages.append(
+                build_stage(
+                    embed if index else nn.Identity(),
+                    mixers,
+                    norms[index],
+                    rates[index],
+                    grid=grid,
+                    dim=dim,
+                    mlp_ratio=mlp_ratios[index],
+                    proj_drop=proj_drop_rate,
+                    use_pos_embed=True,
+                    **dd,
+                )
+            )
         super().__init__(
             stem,
             stages,
