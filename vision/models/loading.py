@@ -7,6 +7,8 @@ import torch
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor, nn
 
+from ..fold import FOLDABLE_NORMS, fold_norms
+
 Grid = tuple[int, int]
 
 
@@ -40,6 +42,14 @@ def _resize(name: str, value: Tensor, owner: Any, model: nn.Module) -> Tensor:
     )
 
 
+def _is_folded(state_dict: dict[str, Any], model: nn.Module) -> bool:
+    """Whether the weights are those of a model without its foldable norms."""
+    norms = [name for name, m in model.named_modules() if isinstance(m, FOLDABLE_NORMS)]
+    return bool(norms) and not any(
+        key.startswith(f"{name}.") for name in norms for key in state_dict
+    )
+
+
 def filter_checkpoint(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """timm's hook before weights are loaded.
 
@@ -48,9 +58,12 @@ def filter_checkpoint(state_dict: dict[str, Any], model: nn.Module) -> dict[str,
         model: the modules that own tables say with `table_grid` which grid they need.
 
     Returns:
-        The weights, with position tables resampled where `model` has another image size.
+        The weights, with position tables resampled where `model` has another image size. A model
+        whose weights were saved after `fold_norms` is folded as well.
     """
     state_dict = state_dict.get("state_dict", state_dict)
+    if _is_folded(state_dict, model):
+        fold_norms(model)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     tables = ("pos_embed", "positional_encoding", "relative_position_bias_table")
     filtered = {}
