@@ -18,7 +18,7 @@ import torch
 
 from lintra.vision import fold_norms
 from lintra.vision.training.config import Recipe, parse_recipe
-from lintra.vision.training.loop import BackboneTrainer
+from lintra.vision.training.loop import BackboneTrainer, TrainingDiverged
 from lintra.vision.training.records import read_metrics
 from lintra.vision.training.throughput import images_per_second
 
@@ -69,7 +69,10 @@ def run_arm(
         run = _arm_recipe(recipe, arm, seed)
         folder = Path(run.output_dir)
         if not (folder / "last").is_dir():
-            result = BackboneTrainer(run).run()
+            try:
+                result = BackboneTrainer(run).run()
+            except TrainingDiverged as error:
+                return [arm, "diverged", f"seed {seed}: {error}", "-", "-", "-"]
             if result.signum is not None:
                 raise Stopped(result.signum)
         accuracies.append(_last_accuracy(folder))
@@ -93,6 +96,18 @@ def run_arm(
     ]
 
 
+def _write(rows: list[list[str]], command: str, file: str | None) -> None:
+    """Prints the last row and writes the table so far."""
+    print(" | ".join(rows[-1]), flush=True)
+    if file is None:
+        return
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    lines = [f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
+    text = "\n".join([*lines, "", f"{device}, torch {torch.__version__}: `{command}`", ""])
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lintra.tools.backbone_study",
@@ -113,28 +128,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     options, overrides = _parser().parse_known_args(words)
     recipe = parse_recipe(["--config", options.config, *overrides], "backbone_study", "")
-    rows = []
+    command = f"python -m lintra.tools.backbone_study {shlex.join(words)}"
+    rows: list[list[str]] = []
     try:
         for arm in options.arms:
-            rows.append(
-                run_arm(
-                    recipe, arm, options.seeds, options.throughput_batch, options.throughput_seconds
-                )
-            )
+            batch, seconds = options.throughput_batch, options.throughput_seconds
+            rows.append(run_arm(recipe, arm, options.seeds, batch, seconds))
+            # At once: a later arm may not end.
+            _write(rows, command, options.table)
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    lines = [f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
-    command = f"python -m lintra.tools.backbone_study {shlex.join(words)}"
-    text = "\n".join([*lines, "", f"{device}, torch {torch.__version__}: `{command}`", ""])
-    print(text)
-    if options.table:
-        Path(options.table).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.table).write_text(text)
     return 0
 
 

@@ -6,6 +6,7 @@ Importing this package registers every model with timm.
 from . import models
 from .checkpoints import OfficialReport, load_official
 from .fold import fold_norms
+from .models.building import save_backbone
 from .norm import PRepBN, RepBN
 from .schedule import PRepBNSchedule, recalibrate_batchnorm
 
@@ -18,4 +19,5 @@ __all__ = [
     "load_official",
     "models",
     "recalibrate_batchnorm",
+    "save_backbone",
 ]

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
-from timm.models._hub import save_for_hf
 
 from .checkpoints import OfficialReport, extract_weights, load_official
+from .models.building import save_backbone
 from .unpickling import read_checkpoint_file
 
 # Method of a repository -> what the names of its models hold.
@@ -64,6 +63,5 @@ def convert_official(
     network = timm.create_model(model, **model_args).eval()
     report = load_official(network, state)
     report.source = source
-    with torch.no_grad():
-        save_for_hf(network, folder, safe_serialization=True)
+    save_backbone(network, folder)
     return report

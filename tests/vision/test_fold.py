@@ -5,7 +5,7 @@ import copy
 import pytest
 import timm
 import torch
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 from torch import nn
 
 from golden_vision import group, load_vision, relative_error

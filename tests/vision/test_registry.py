@@ -7,11 +7,10 @@ import pytest
 import timm
 import torch
 from timm.models import group_parameters
-from timm.models._hub import save_for_hf
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
-from lintra.vision import PRepBN, fold_norms
+from lintra.vision import PRepBN, fold_norms, save_backbone
 from vision_names import NAMES, create_small
 
 ONE_A_FAMILY = [
@@ -248,7 +247,7 @@ def test_saves_for_timm(name: str, tmp_path) -> None:
     model = create_small(name, img_size=(64, 96), norm="prepbn").eval()
     if name.startswith("deit"):
         model.set_input_size(img_size=(96, 64))
-    save_for_hf(model, tmp_path, safe_serialization=True)
+    save_backbone(model, tmp_path)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     size = (96, 64) if name.startswith("deit") else (64, 96)
     x = image(size=size)
@@ -261,7 +260,7 @@ def test_saves_for_timm(name: str, tmp_path) -> None:
 @torch.no_grad()
 def test_saves_folded_for_timm(name: str, tmp_path) -> None:
     model = fold_norms(create_small(name, img_size=72).eval())
-    save_for_hf(model, tmp_path, safe_serialization=True)
+    save_backbone(model, tmp_path)
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = image(size=(72, 72))
     torch.testing.assert_close(loaded(x), model(x))

@@ -460,6 +460,14 @@ def test_study_writes_its_table(
     stopped = TrainingResult(1, None, None, tmp_path, signal.SIGTERM)
     monkeypatch.setattr(BackboneTrainer, "run", lambda self: stopped)
     assert backbone_study.main([*words, "--output_dir", str(tmp_path / "stopped")]) == 143
+
+    def diverge(self: BackboneTrainer) -> None:
+        raise TrainingDiverged("loss nan at step 3")
+
+    monkeypatch.setattr(BackboneTrainer, "run", diverge)
+    assert backbone_study.main([*words, "--output_dir", str(tmp_path / "diverged")]) == 0
+    table = (tmp_path / "results" / "table.md").read_text()
+    assert "| SLA, PRepBN (SLAB) | diverged | seed 0: loss nan at step 3 |" in table
     monkeypatch.setattr(BackboneTrainer, "run", run)
     bad = [*words, "--model.name", "nothing", "--output_dir", str(tmp_path / "new")]
     assert backbone_study.main(bad) == 2

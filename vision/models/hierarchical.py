@@ -10,13 +10,9 @@ from timm.models._manipulate import named_apply
 from timm.models.vision_transformer import get_init_weights_vit
 from torch import Tensor, nn
 
+from .building import record_input_size
 from .readout import FoldableReadout, exempt_from_decay
 from .stages import ConvEmbed, Grid, HierarchicalStage
-
-try:  # timm >= 1.0.31 records the size, so that `save_for_hf` saves it
-    from timm.models._input import update_model_input_size
-except ImportError:
-    update_model_input_size = None
 
 
 class HierarchicalBackbone(FoldableReadout):
@@ -70,7 +66,7 @@ class HierarchicalBackbone(FoldableReadout):
             device=device,
             dtype=dtype,
         )
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = dims[-1] * self.head.global_pool.feat_mult()
         self.feature_info = [
             {"num_chs": dim, "reduction": 4 * 2**index, "module": f"stages.{index}"}
             for index, dim in enumerate(dims)
@@ -129,8 +125,7 @@ class HierarchicalBackbone(FoldableReadout):
         for stage, grid in zip(self.stages, grids, strict=True):
             stage.set_input_size(grid)
         self.img_size = size
-        if update_model_input_size is not None:
-            update_model_input_size(self, size)
+        record_input_size(self, size)
 
     def forward_intermediates(
         self,
@@ -197,8 +192,9 @@ class HierarchicalBackbone(FoldableReadout):
         """
         self.num_classes = num_classes
         dd = get_device_dtype(self)
-        self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features, **dd)
-        self.head_hidden_size = self.head.num_features
+        self.head.in_features = self.num_features
+        self.head.reset(num_classes, pool_type=global_pool, **dd)
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         if global_pool is not None:
             self.global_pool = global_pool
         self.head_is_folded = False

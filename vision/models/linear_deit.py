@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features_fx import register_notrace_module
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ..attention import MIXERS
 from ..fold import Foldable, NormSite
+from .building import build_backbone, record_input_size
 from .loading import filter_checkpoint
 from .options import Choice, attention_choices, default_cfg, norm_choices, patch_grid
 from .readout import FoldableReadout, exempt_from_decay
@@ -182,6 +183,7 @@ class LinearVisionTransformer(FoldableReadout, VisionTransformer):
         for block in self.blocks:
             if block.is_linear:
                 block.attn.set_input_size(self.patch_embed.grid_size)
+        record_input_size(self, self.patch_embed.img_size, patch_size=self.patch_embed.patch_size)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         if self.dynamic_img_size:
@@ -206,7 +208,7 @@ class LinearVisionTransformer(FoldableReadout, VisionTransformer):
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     out_indices = kwargs.pop("out_indices", 3)
-    return build_model_with_cfg(
+    return build_backbone(
         LinearVisionTransformer,
         variant,
         pretrained,

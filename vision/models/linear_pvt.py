@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from timm.layers import calculate_drop_path_rates, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ..attention import MIXERS, SpatialReductionAttention
+from .building import build_backbone
 from .hierarchical import HierarchicalBackbone
 from .loading import filter_checkpoint
 from .options import Choice, attention_choices, default_cfg, norm_choices
@@ -144,7 +145,7 @@ class LinearPyramidTransformer(HierarchicalBackbone):
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build_model_with_cfg(
+    return build_backbone(
         LinearPyramidTransformer,
         variant,
         pretrained,

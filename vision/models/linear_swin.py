@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed, calculate_drop_path_rates, to_ntuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.layers import PatchEmbed, calculate_drop_path_rates, to_2tuple, to_ntuple
+from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging, SwinTransformer
 from torch import nn
 
 from ..fold import Foldable, NormSite
 from ..norm import NormFactory
+from .building import build_backbone, record_input_size
 from .loading import filter_checkpoint
 from .options import Choice, attention_choices, default_cfg, norm_choices, patch_grid
 from .readout import FoldableReadout, exempt_from_decay
@@ -33,6 +34,13 @@ class FoldablePatchMerging(Foldable, PatchMerging):
 
     def norm_sites(self) -> list[NormSite]:
         return [NormSite(self, "norm", readers=[self.reduction])]
+
+
+def _stage_windows(value: Any, num_stages: int) -> list[tuple[int, int]]:
+    """``(h, w)`` a stage, from one side or (h, w) for all, or one of these a stage."""
+    is_pair = not isinstance(value, int) and len(value) == 2 and isinstance(value[0], int)
+    stages = [value] * num_stages if isinstance(value, int) or is_pair else value
+    return [to_2tuple(window) for window in stages]
 
 
 class LinearSwinTransformer(FoldableReadout, SwinTransformer):
@@ -57,7 +65,6 @@ class LinearSwinTransformer(FoldableReadout, SwinTransformer):
 
     patch_embed: Any
     layers: Any
-    _ref_window_sizes: tuple[tuple[int, int], ...]
     init_weights: Callable[..., None]
 
     def __init__(
@@ -109,6 +116,7 @@ class LinearSwinTransformer(FoldableReadout, SwinTransformer):
         )
         self.norm = norms[-1][-1](self.num_features, **dd)
         self.fc_norm = nn.Identity()
+        windows = _stage_windows(window_size, len(depths))
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         num_stages = len(depths)
         per_stage = to_ntuple(num_stages)
@@ -125,7 +133,7 @@ class LinearSwinTransformer(FoldableReadout, SwinTransformer):
                 num_heads=num_heads[index],
                 head_dim=per_stage(head_dim)[index],
                 mlp_ratio=per_stage(mlp_ratio)[index],
-                window_size=self._ref_window_sizes[index],
+                window_size=windows[index],
                 linear_window_size=linear_window_size,
                 always_partition=always_partition,
                 dynamic_mask=not strict_img_size,
@@ -181,11 +189,15 @@ class LinearSwinTransformer(FoldableReadout, SwinTransformer):
         """See timm; the tables of the linear blocks are resized as well."""
         patch_grid(img_size or self.patch_embed.img_size, patch_size or self.patch_embed.patch_size)
         super().set_input_size(img_size=img_size, patch_size=patch_size, **kwargs)
+        if not hasattr(self, "_ref_window_sizes"):  # timm < 1.0.31 records nothing
+            grid, ratio = self.patch_embed.grid_size, kwargs.get("window_ratio", 8)
+            window = kwargs.get("window_size") or tuple(side // ratio for side in grid)
+            record_input_size(self, self.patch_embed.img_size, window_size=window)
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build_model_with_cfg(
+    return build_backbone(
         LinearSwinTransformer,
         variant,
         pretrained,

@@ -11,13 +11,13 @@ import timm
 import torch
 from accelerate import Accelerator
 from timm.data import Mixup
-from timm.models._hub import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..models.building import save_backbone
 from ..schedule import PRepBNSchedule, recalibrate_batchnorm
 from .config import Recipe
 from .data import make_loader, open_images, seed_everything
@@ -356,7 +356,7 @@ class BackboneTrainer:
 
     def _export(self, network: nn.Module, name: str) -> Path:
         if self.is_main:
-            save_for_hf(network, self.folder / name, safe_serialization=True)
+            save_backbone(network, self.folder / name, self.recipe.model.args)
         self.accelerator.wait_for_everyone()
         return self.folder / name
 
