@@ -1,0 +1,55 @@
+"""`lintra convert`: checkpoints of other projects as folders that timm or diffusers open."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+
+def _official_backbone(options: argparse.Namespace) -> str:
+    from lintra.vision.conversion import convert_official
+
+    if options.model is None:
+        raise ValueError(f"`--model` must be given for --from {options.source}, got none")
+    sizes = {} if options.img_size is None else {"img_size": options.img_size}
+    report = convert_official(
+        options.checkpoint,
+        options.model,
+        options.output,
+        method=options.source,
+        prefer_ema=not options.no_ema,
+        **sizes,
+    )
+    return f"{report}\nopen with timm.create_model('local-dir:{options.output}', pretrained=True)"
+
+
+# Name of a source -> what converts it and returns the text to print.
+SOURCES: dict[str, Callable[[argparse.Namespace], str]] = {
+    "slab": _official_backbone,
+    "inline": _official_backbone,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lintra convert", description=__doc__)
+    parser.add_argument("checkpoint", help="file of the authors")
+    parser.add_argument("output", help="folder to write")
+    parser.add_argument("--from", dest="source", required=True, choices=SOURCES)
+    parser.add_argument("--model", help="architecture, e.g. deit_tiny_slab_patch16_224")
+    parser.add_argument("--no-ema", action="store_true", help="not the averaged weights")
+    parser.add_argument("--img-size", type=int, help="resample position tables to this size")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 2 for wrong arguments or a checkpoint that does not fit."""
+    options = _parser().parse_args(list(sys.argv[1:] if argv is None else argv))
+    try:
+        print(SOURCES[options.source](options))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

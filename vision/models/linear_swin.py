@@ -1,0 +1,273 @@
+"""Swin with linear attention and foldable norms: SLAB, InLine and PRepBN, on timm's Swin.
+
+Liu et al. 2021 (arXiv:2103.14030); Guo et al. 2024, SLAB (arXiv:2405.11582); Han et al. 2024,
+InLine (arXiv:2412.06590).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import PatchEmbed, calculate_drop_path_rates, to_ntuple
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.swin_transformer import PatchMerging, SwinTransformer
+from torch import nn
+
+from ..fold import Foldable, NormSite
+from ..norm import NormFactory
+from .loading import filter_checkpoint
+from .options import Choice, attention_choices, default_cfg, norm_choices, patch_grid
+from .readout import FoldableReadout, exempt_from_decay
+from .swin_block import LinearSwinBlock
+
+
+class FoldablePatchEmbed(Foldable, PatchEmbed):
+    """timm's patch embedding, whose norm folds back into its convolution."""
+
+    def norm_sites(self) -> list[NormSite]:
+        return [NormSite(self, "norm", writer=self.proj)]
+
+
+class FoldablePatchMerging(Foldable, PatchMerging):
+    """timm's patch merging, whose norm folds into its reduction."""
+
+    def norm_sites(self) -> list[NormSite]:
+        return [NormSite(self, "norm", readers=[self.reduction])]
+
+
+class LinearSwinTransformer(FoldableReadout, SwinTransformer):
+    """timm's SwinTransformer with linear attention and foldable norms, chosen block by block.
+
+    Linear blocks attend over the whole map and never shift; softmax blocks are timm's, in windows
+    of `window_size`. Patch merging has the norm of its stage's first block, the embedding that of
+    the first and the final norm that of the last block of all.
+
+    Args:
+        attn: ``softmax``, ``sla`` or ``inline``; one for all, one a stage or one a block.
+        norm: ``ln``, ``prepbn`` or ``repbn``; one for all, one a stage or one a block.
+        norm_eps: eps of the LayerNorms.
+        linear_window_size: side of windows for the linear blocks, in tokens, which must divide
+            their maps; None for the whole map.
+        window_size: of the softmax blocks.
+        kwargs: see timm's SwinTransformer.
+
+    Raises:
+        ValueError: an unknown choice, an image smaller than a patch, windows that do not divide.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        embed_dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        window_size: int | Sequence[int] = 7,
+        attn: Choice = "softmax",
+        norm: Choice = "ln",
+        norm_eps: float = 1e-5,
+        linear_window_size: int | None = None,
+        head_dim: int | None = None,
+        always_partition: bool = False,
+        strict_img_size: bool = True,
+        dynamic_img_size: bool = False,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        weight_init: str = "",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        dd = {"device": device, "dtype": dtype}
+        kinds = attention_choices(attn, depths)
+        norms = norm_choices(norm, depths, norm_eps)
+        patch_grid(img_size, patch_size)
+        strict_img_size = strict_img_size and not dynamic_img_size
+        # timm builds all but the blocks: a stage of its own would have one attention and one norm,
+        # and a table of 3136 ** 2 relative positions for a window that covers the map.
+        super().__init__(
+            img_size=img_size,
+            patch_size=patch_size,
+            embed_dim=embed_dim,
+            depths=(0,) * len(depths),
+            num_heads=num_heads,
+            window_size=window_size,
+            strict_img_size=strict_img_size,
+            embed_layer=FoldablePatchEmbed,
+            norm_layer=norms[0][0],
+            weight_init="skip",
+            **kwargs,
+            **dd,
+        )
+        self.norm = norms[-1][-1](self.num_features, **dd)
+        self.fc_norm = nn.Identity()
+        rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        num_stages = len(depths)
+        per_stage = to_ntuple(num_stages)
+        for index, stage in enumerate(self.layers):
+            self._fill_stage(
+                stage,
+                norms[index],
+                [
+                    {"kind": kind, "norm_layer": layer, "drop_path": rate}
+                    for kind, layer, rate in zip(
+                        kinds[index], norms[index], rates[index], strict=True
+                    )
+                ],
+                num_heads=num_heads[index],
+                head_dim=per_stage(head_dim)[index],
+                mlp_ratio=per_stage(mlp_ratio)[index],
+                window_size=self._ref_window_sizes[index],
+                linear_window_size=linear_window_size,
+                always_partition=always_partition,
+                dynamic_mask=not strict_img_size,
+                qkv_bias=qkv_bias,
+                proj_drop=proj_drop_rate,
+                attn_drop=attn_drop_rate,
+                **dd,
+            )
+        self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
+        if weight_init != "skip":
+            self.init_weights(needs_reset=False)
+
+    @staticmethod
+    def _fill_stage(
+        stage: nn.Module, norms: list[NormFactory], blocks: list[dict[str, Any]], **common: Any
+    ) -> None:
+        """Gives a stage without blocks its blocks, and its patch merging the norm of the first."""
+        dd = {"device": common["device"], "dtype": common["dtype"]}
+        merging = stage.downsample
+        if isinstance(merging, PatchMerging):
+            stage.downsample = FoldablePatchMerging(
+                merging.dim, merging.out_dim, norm_layer=norms[0], **dd
+            )
+            dim = merging.out_dim
+        else:
+            dim = stage.dim
+        stage.depth = len(blocks)
+        shift = tuple(side // 2 for side in common["window_size"])
+        stage.blocks = nn.Sequential(
+            *[
+                LinearSwinBlock(
+                    dim,
+                    input_resolution=stage.output_resolution,
+                    shift_size=shift if index % 2 else 0,
+                    **block,
+                    **common,
+                )
+                for index, block in enumerate(blocks)
+            ]
+        )
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters without weight decay: position tables and RepBN skips."""
+        return exempt_from_decay(self)
+
+    def set_input_size(
+        self,
+        img_size: tuple[int, int] | None = None,
+        patch_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """See timm; the tables of the linear blocks are resized as well."""
+        patch_grid(img_size or self.patch_embed.img_size, patch_size or self.patch_embed.patch_size)
+        super().set_input_size(img_size=img_size, patch_size=patch_size, **kwargs)
+
+
+def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
+    return build_model_with_cfg(
+        LinearSwinTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=filter_checkpoint,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+def _cfg(method: str, size: int = 224) -> dict[str, Any]:
+    pool = (size // 32, size // 32)
+    return default_cfg(method, size, classifier="head.fc", fixed_input_size=True, pool_size=pool)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "swin_tiny_prepbn_patch4_window7_224.slab_in1k": _cfg("slab"),
+        "swin_tiny_slab_patch4_window56_224.slab_in1k": _cfg("slab"),
+        "swin_small_slab_patch4_window56_224.slab_in1k": _cfg("slab"),
+        "swin_base_slab_patch4_window56_224.slab_in1k": _cfg("slab"),
+        "swin_tiny_inline_patch4_window56_224.inline_in1k": _cfg("inline"),
+        "swin_small_inline_patch4_window56_224.inline_in1k": _cfg("inline"),
+        "swin_base_inline_patch4_window56_224.inline_in1k": _cfg("inline"),
+        "swin_base_inline_patch4_window96_384.inline_in1k": _cfg("inline", 384),
+    }
+)
+
+_TINY: dict[str, Any] = {"depths": (2, 2, 6, 2)}
+_SMALL: dict[str, Any] = {"depths": (2, 2, 18, 2)}
+_BASE: dict[str, Any] = {"depths": (2, 2, 18, 2), "embed_dim": 128, "num_heads": (4, 8, 16, 32)}
+_SLAB: dict[str, Any] = {"attn": ("sla", "sla", "softmax", "softmax"), "norm": "prepbn"}
+_II = ("inline", "inline")
+# Stage 3 of Swin-B: two InLine blocks, then windows.
+_INLINE_BASE: dict[str, Any] = {"attn": (*_II, _II + ("softmax",) * 16, "softmax")}
+
+
+@register_model
+def swin_tiny_prepbn_patch4_window7_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Swin-T with RepBN alone, as its authors trained it; ``norm="prepbn"`` for the schedule."""
+    args = {**_TINY, "norm": "repbn", **kwargs}
+    return _create("swin_tiny_prepbn_patch4_window7_224", pretrained, **args)
+
+
+@register_model
+def swin_tiny_slab_patch4_window56_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SLAB-Swin-T: SLA in stages 1 and 2, PRepBN."""
+    args = {**_TINY, **_SLAB, **kwargs}
+    return _create("swin_tiny_slab_patch4_window56_224", pretrained, **args)
+
+
+@register_model
+def swin_small_slab_patch4_window56_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SLAB-Swin-S."""
+    args = {**_SMALL, **_SLAB, **kwargs}
+    return _create("swin_small_slab_patch4_window56_224", pretrained, **args)
+
+
+@register_model
+def swin_base_slab_patch4_window56_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """SLAB-Swin-B."""
+    args = {**_BASE, **_SLAB, **kwargs}
+    return _create("swin_base_slab_patch4_window56_224", pretrained, **args)
+
+
+@register_model
+def swin_tiny_inline_patch4_window56_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """InLine-Swin-T: InLine attention in stages 1 to 3."""
+    args = {**_TINY, "attn": (*_II, "inline", "softmax"), **kwargs}
+    return _create("swin_tiny_inline_patch4_window56_224", pretrained, **args)
+
+
+@register_model
+def swin_small_inline_patch4_window56_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """InLine-Swin-S: InLine attention in stages 1 and 2."""
+    args = {**_SMALL, "attn": (*_II, "softmax", "softmax"), **kwargs}
+    return _create("swin_small_inline_patch4_window56_224", pretrained, **args)
+
+
+@register_model
+def swin_base_inline_patch4_window56_224(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """InLine-Swin-B: InLine attention in stages 1 and 2 and the first two blocks of stage 3."""
+    args = {**_BASE, **_INLINE_BASE, **kwargs}
+    return _create("swin_base_inline_patch4_window56_224", pretrained, **args)
+
+
+@register_model
+def swin_base_inline_patch4_window96_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """InLine-Swin-B on 384 pixels."""
+    args = {"img_size": 384, "window_size": 12, **_BASE, **_INLINE_BASE, **kwargs}
+    return _create("swin_base_inline_patch4_window96_384", pretrained, **args)
