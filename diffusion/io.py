@@ -6,17 +6,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline, DiTTransformer2DModel
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, PixArtTransformer2DModel
 from diffusers.models.modeling_utils import ModelMixin
 
+from .models.transformer_dit import OfficialDiTTransformer2DModel
 from .models.transformer_lit import LiTTransformer2DModel
+from .models.transformer_lit_pixart import LiTPixArtTransformer2DModel
 
 # `_class_name` in a transformer's config.json -> class; what load_transformer can open
 TRANSFORMERS: dict[str, type[ModelMixin]] = {
-    cls.__name__: cls for cls in (DiTTransformer2DModel, LiTTransformer2DModel)
+    cls.__name__: cls
+    for cls in (
+        DiTTransformer2DModel,
+        OfficialDiTTransformer2DModel,
+        LiTTransformer2DModel,
+        PixArtTransformer2DModel,
+        LiTPixArtTransformer2DModel,
+    )
 }
 # Configuration that the rest of a pipeline depends on.
-_INTERFACE = ("in_channels", "out_channels", "num_embeds_ada_norm")
+_INTERFACE = (
+    "in_channels", "out_channels", "num_embeds_ada_norm", "caption_channels", "cross_attention_dim",
+)  # fmt: skip
 
 
 def _read_json(file: Path, what: str) -> dict[str, Any]:

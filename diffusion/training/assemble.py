@@ -18,6 +18,7 @@ from ..initialization import initialize_dit
 from ..io import load_pipeline
 from ..losses import check_loss_weights, needs_teacher
 from ..models.autoencoder_pixel import PixelAutoencoder
+from ..models.transformer_dit import OfficialDiTTransformer2DModel
 from ..models.transformer_lit import LiTTransformer2DModel
 from .config import NoiseConfig, Recipe
 from .objective import disable_internal_label_dropout
@@ -65,6 +66,8 @@ def _check_noise_schedule(noise: NoiseConfig, teacher: DiTPipeline) -> None:
 def _build_student(recipe: Recipe, teacher: DiTTransformer2DModel | None) -> DiTTransformer2DModel:
     model = recipe.model
     cls = STUDENTS[model.kind]
+    if model.kind == "dit" and isinstance(teacher, OfficialDiTTransformer2DModel):
+        cls = OfficialDiTTransformer2DModel
     if teacher is None:
         student = cls(**student_config(cls, None, model.config))
         initialize_dit(student)
