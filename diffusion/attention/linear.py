@@ -39,11 +39,36 @@ class LiTAttnProcessor:
         if attn.dwc is not None:
             if grid is None:
                 raise ValueError("`grid` must be (height, width) in tokens, got None")
-            weight, bias = attn.convolution_parameters()
-            out = token_conv2d(value, weight, bias, grid=grid, residual=out)
+            out = attn.dwc(value, grid=grid, residual=out)
         for layer in attn.to_out:
             out = layer(out)
         return out
+
+
+class ValueConv2d(nn.Conv2d):
+    """Depthwise convolution of values on the token grid, added to a residual.
+
+    A module of its own, not parameters of the attention: hooks that bring weights to the device or
+    to the computing dtype (offloading, layerwise casting) act on the forward call of a module.
+
+    Args:
+        filters: number of filters, repeated along the channels: head channels to share them across
+            heads, all channels not to.
+        kernel_size: odd side.
+
+    Shapes: ``tokens`` and ``residual`` (B, h * w, C), `filters` dividing C, with ``grid=(h, w)``.
+    """
+
+    def __init__(self, filters: int, kernel_size: int):
+        super().__init__(filters, filters, kernel_size, groups=filters)
+
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, *, grid: tuple[int, int], residual: Tensor
+    ) -> Tensor:
+        assert self.bias is not None
+        repeats = tokens.shape[-1] // self.out_channels
+        weight, bias = self.weight.squeeze(1).repeat(repeats, 1, 1), self.bias.repeat(repeats)
+        return token_conv2d(tokens, weight, bias, grid=grid, residual=residual)
 
 
 class LiTAttention(nn.Module, AttentionModuleMixin):
@@ -98,11 +123,7 @@ class LiTAttention(nn.Module, AttentionModuleMixin):
         self.to_v = nn.Linear(dim, dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(dropout)])
         filters = dim // heads if conv_shared else dim
-        self.dwc = (
-            nn.Conv2d(filters, filters, conv_kernel_size, groups=filters)
-            if conv_kernel_size
-            else None
-        )
+        self.dwc = ValueConv2d(filters, conv_kernel_size) if conv_kernel_size else None
         self.set_processor(LiTAttnProcessor())
         self.reset_parameters()
 
@@ -115,13 +136,6 @@ class LiTAttention(nn.Module, AttentionModuleMixin):
                 nn.init.zeros_(linear.bias)
         if self.dwc is not None:
             self.dwc.reset_parameters()
-
-    def convolution_parameters(self) -> tuple[Tensor, Tensor]:
-        """Filters (C, k, k) and bias (C) of all channels, repeated over heads where shared."""
-        assert self.dwc is not None
-        assert self.dwc.bias is not None
-        repeats = self.inner_dim // self.dwc.out_channels
-        return self.dwc.weight.squeeze(1).repeat(repeats, 1, 1), self.dwc.bias.repeat(repeats)
 
     def set_processor(self, processor: LiTAttnProcessor) -> None:
         """Accepts only `LiTAttnProcessor`: any other would silently bring full attention back."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
 from torch.nn import functional as F
@@ -145,6 +146,22 @@ def test_lora():
     assert_linear(model)
     model.disable_adapters()
     torch.testing.assert_close(model(**inputs()).sample, before)
+
+
+def test_hooks_on_modules_reach_every_weight(lit):
+    # Both move a weight only while its own module's forward runs.
+    casting = tiny_lit(num_linear_heads=2)
+    casting.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    assert casting.transformer_blocks[0].attn1.dwc.weight.dtype == torch.float8_e4m3fn
+    out, exact = casting(**inputs()).sample, lit(**inputs()).sample
+    assert (out - exact).abs().max() <= 0.2 * exact.abs().max()
+    offloaded = cpu_offload(tiny_lit(num_linear_heads=2), execution_device=torch.device("cpu"))
+    assert offloaded.transformer_blocks[0].attn1.dwc.weight.device.type == "meta"
+    torch.testing.assert_close(offloaded(**inputs()).sample, exact)
+
+
+def test_tuple_output_is_the_same(lit):
+    assert torch.equal(lit(**inputs(), return_dict=False)[0], lit(**inputs()).sample)
 
 
 def test_declares_its_blocks():
