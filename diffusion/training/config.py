@@ -31,7 +31,7 @@ class ModelConfig:
 
     kind: Literal["dit", "lit"] = "lit"
     pretrained_teacher_model: str | None = None
-    inherit: Literal["none", "all_but_attention", "with_projections"] = "all_but_attention"
+    inherit: str = "all_but_attention"
     config: dict[str, Any] = field(default_factory=dict)
     vae: str | None = None
 

@@ -7,7 +7,7 @@ import yaml
 
 import lintra.configs
 from lintra.diffusion.losses import check_loss_weights
-from lintra.diffusion.models.transformer_lit import default_num_linear_heads
+from lintra.diffusion.models.linear_blocks import default_num_linear_heads
 from lintra.diffusion.training.config import parse_recipe
 
 FOLDER = Path(lintra.configs.__file__).parent

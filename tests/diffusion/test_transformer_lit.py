@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lintra.diffusion import LiTTransformer2DModel, assert_linear
 from lintra.diffusion.attention.linear import LiTAttention, LiTAttnProcessor
-from lintra.diffusion.models.transformer_lit import default_num_linear_heads
+from lintra.diffusion.models.linear_blocks import default_num_linear_heads
 from tiny_models import TINY, inputs, tiny_dit, tiny_lit
 
 
