@@ -6,17 +6,39 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline, DiTTransformer2DModel
+from diffusers import (
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+)
 from diffusers.models.modeling_utils import ModelMixin
 
+from .models.transformer_clear_flux import ClearFluxTransformer2DModel
+from .models.transformer_clear_sd3 import ClearSD3Transformer2DModel
 from .models.transformer_lit import LiTTransformer2DModel
 
 # `_class_name` in a transformer's config.json -> class; what load_transformer can open
 TRANSFORMERS: dict[str, type[ModelMixin]] = {
-    cls.__name__: cls for cls in (DiTTransformer2DModel, LiTTransformer2DModel)
+    cls.__name__: cls
+    for cls in (
+        DiTTransformer2DModel,
+        LiTTransformer2DModel,
+        FluxTransformer2DModel,
+        ClearFluxTransformer2DModel,
+        SD3Transformer2DModel,
+        ClearSD3Transformer2DModel,
+    )
 }
 # Configuration that the rest of a pipeline depends on.
-_INTERFACE = ("in_channels", "out_channels", "num_embeds_ada_norm")
+_INTERFACE = (
+    "in_channels",
+    "out_channels",
+    "num_embeds_ada_norm",
+    "guidance_embeds",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+)
 
 
 def _read_json(file: Path, what: str) -> dict[str, Any]:
@@ -85,6 +107,9 @@ def load_pipeline(path: str | Path, **kwargs: Any) -> DiffusionPipeline:
         if index.get("id2label") and "id2label" not in kwargs:
             # JSON turned the class numbers into strings.
             kwargs["id2label"] = {int(label): name for label, name in index["id2label"].items()}
+        for name, entry in index.items():
+            if entry == [None, None]:  # saved without, e.g. text encoders: diffusers asks again
+                kwargs.setdefault(name, None)
     return DiffusionPipeline.from_pretrained(path, **kwargs)
 
 
