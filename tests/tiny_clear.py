@@ -41,7 +41,7 @@ SD3 = {
     "joint_attention_dim": 12,
     "caption_projection_dim": 16,
     "pooled_projection_dim": 8,
-    "pos_embed_max_size": 16,
+    "pos_embed_max_size": 24,
     "dual_attention_layers": (0,),
     "qk_norm": "rms_norm",
 }

@@ -18,25 +18,40 @@ def _is_number(value: object, kind: type = Real) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _check_sizes(radius: object, down_factor: object, ntk_factor: object) -> None:
+def _check_settings(radius: Any, proportional_scale: Any, ntk_factor: Any) -> None:
+    """Checks what both a configuration and a call may set."""
     if not _is_number(radius):
         raise TypeError(f"`radius` must be a number, got {type(radius).__name__}")
-    if not radius >= 1:  # type: ignore[operator]
+    if not radius >= 1:  # also refuses nan
         raise ValueError(f"`radius` must be at least 1, got {radius}")
-    if down_factor is not None and not _is_number(down_factor, Integral):
-        raise TypeError(
-            f"`down_factor` must be an integer or None, got {type(down_factor).__name__}"
-        )
-    if down_factor is not None and down_factor < 2:  # type: ignore[operator]
-        raise ValueError(f"`down_factor` must be at least 2, or None, got {down_factor}")
-    check_ntk_factor(ntk_factor)
-
-
-def check_ntk_factor(ntk_factor: object) -> None:
+    if not isinstance(proportional_scale, bool):
+        got = type(proportional_scale).__name__
+        raise TypeError(f"`proportional_scale` must be a bool, got {got}")
     if not _is_number(ntk_factor):
         raise TypeError(f"`ntk_factor` must be a number, got {type(ntk_factor).__name__}")
-    if not ntk_factor > 0:  # type: ignore[operator]
+    if not ntk_factor > 0:
         raise ValueError(f"`ntk_factor` must be positive, got {ntk_factor}")
+
+
+def _check_down_factor(down_factor: Any) -> None:
+    if down_factor is None:
+        return
+    if not _is_number(down_factor, Integral):
+        got = type(down_factor).__name__
+        raise TypeError(f"`down_factor` must be an integer or None, got {got}")
+    if down_factor < 2:
+        raise ValueError(f"`down_factor` must be at least 2, or None, got {down_factor}")
+
+
+def _check_full_attention_layers(layers: Any, num_layers: int) -> None:
+    if not isinstance(layers, Sequence):
+        got = type(layers).__name__
+        raise TypeError(f"`full_attention_layers` must be a sequence of numbers, got {got}")
+    for layer in layers:
+        if not (_is_number(layer, Integral) and 0 <= layer < num_layers):
+            raise ValueError(
+                f"`full_attention_layers` must be in 0 .. {num_layers - 1}, got {layer!r}"
+            )
 
 
 def check_spatial_shape(spatial_shape: Sequence[int], num_tokens: int) -> tuple[int, int]:
@@ -67,26 +82,15 @@ class ClearMixin:
     # Context parallelism gives attention a shard of the tokens, on which a grid means nothing.
     _cp_plan = None
 
-    def _use_local_attention(
-        self,
-        radius: float,
-        down_factor: int | None,
-        ntk_factor: float,
-        full_attention_layers: tuple[int, ...],
-    ) -> None:
+    def _use_local_attention(self) -> None:
         """Gives every attention module its processor; the last step of a constructor."""
-        _check_sizes(radius, down_factor, ntk_factor)
-        layers = list(self._attention_layers())
-        num_layers = layers[-1][0] + 1
-        wrong = [i for i in full_attention_layers if not (_is_number(i, Integral) and i >= 0)]
-        wrong += [i for i in full_attention_layers if i not in wrong and i >= num_layers]
-        if wrong:
-            raise ValueError(
-                f"`full_attention_layers` must be in 0 .. {num_layers - 1}, got {wrong[0]!r}"
-            )
+        config, layers = self.config, list(self._attention_layers())
+        _check_settings(*(config[name] for name in _PER_CALL))
+        _check_down_factor(config.down_factor)
+        _check_full_attention_layers(config.full_attention_layers, layers[-1][0] + 1)
         for index, _, attention in layers:
-            full = index in full_attention_layers
-            attention.set_processor(ClearAttnProcessor(None if full else down_factor, full))
+            full = index in config.full_attention_layers
+            attention.set_processor(ClearAttnProcessor(None if full else config.down_factor, full))
 
     def _attention_layers(self) -> Iterator[tuple[int, str, Any]]:
         """Number of the block, name and module of every attention layer."""
@@ -160,8 +164,9 @@ class ClearMixin:
         """The other entries, and the configuration with those that this call sets differently."""
         self._check_processors()
         others = dict(joint_attention_kwargs or {})
-        config: Mapping[str, Any] = self.config
-        return others, {name: others.pop(name, config[name]) for name in _PER_CALL}
+        settings = {name: others.pop(name, self.config[name]) for name in _PER_CALL}
+        _check_settings(**settings)
+        return others, settings
 
     def _load_ip_adapter_weights(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(

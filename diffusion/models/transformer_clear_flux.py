@@ -9,7 +9,7 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (see model
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed, FluxTransformer2DModel
 from torch import Tensor
 
-from .clear import ClearMixin, check_ntk_factor, check_spatial_shape
+from .clear import ClearMixin, check_spatial_shape
 from .image_ids import exact_ids, grid_of_ids
 
 _ROPE_THETA = 10000
@@ -72,7 +72,7 @@ class ClearFluxTransformer2DModel(ClearMixin, FluxTransformer2DModel):
             guidance_embeds=guidance_embeds,
             axes_dims_rope=axes_dims_rope,
         )
-        self._use_local_attention(radius, down_factor, ntk_factor, full_attention_layers)
+        self._use_local_attention()
         self.pos_embed = self._rotary(ntk_factor)
 
     def _rotary(self, ntk_factor: float) -> FluxPosEmbed:
@@ -120,7 +120,6 @@ class ClearFluxTransformer2DModel(ClearMixin, FluxTransformer2DModel):
 
         ntk_factor = call.pop("ntk_factor")
         if ntk_factor != self.config.ntk_factor:
-            check_ntk_factor(ntk_factor)
             ids = torch.cat([txt_ids, img_ids])
             call["rotary_emb"] = self._rotary(ntk_factor)(ids)
         return super().forward(

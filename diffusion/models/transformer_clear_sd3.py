@@ -71,7 +71,7 @@ class ClearSD3Transformer2DModel(ClearMixin, SD3Transformer2DModel):
             dual_attention_layers=dual_attention_layers,
             qk_norm=qk_norm,
         )
-        self._use_local_attention(radius, down_factor, ntk_factor, full_attention_layers)
+        self._use_local_attention()
         self._check_ntk_factor(ntk_factor)
 
     @staticmethod
