@@ -10,11 +10,15 @@ from diffusers import (
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
+    FluxTransformer2DModel,
     PixArtTransformer2DModel,
     SchedulerMixin,
+    SD3Transformer2DModel,
 )
 from diffusers.models.modeling_utils import ModelMixin
 
+from .models.transformer_clear_flux import ClearFluxTransformer2DModel
+from .models.transformer_clear_sd3 import ClearSD3Transformer2DModel
 from .models.transformer_dit import OfficialDiTTransformer2DModel
 from .models.transformer_lit import LiTTransformer2DModel
 from .models.transformer_lit_pixart import LiTPixArtTransformer2DModel
@@ -28,12 +32,23 @@ TRANSFORMERS: dict[str, type[ModelMixin]] = {
         LiTTransformer2DModel,
         PixArtTransformer2DModel,
         LiTPixArtTransformer2DModel,
+        FluxTransformer2DModel,
+        ClearFluxTransformer2DModel,
+        SD3Transformer2DModel,
+        ClearSD3Transformer2DModel,
     )
 }
 # Configuration that the rest of a pipeline depends on.
 _INTERFACE = (
-    "in_channels", "out_channels", "num_embeds_ada_norm", "caption_channels", "cross_attention_dim",
-)  # fmt: skip
+    "in_channels",
+    "out_channels",
+    "num_embeds_ada_norm",
+    "caption_channels",
+    "cross_attention_dim",
+    "guidance_embeds",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+)
 
 
 def _read_json(file: Path, what: str) -> dict[str, Any]:
@@ -117,6 +132,9 @@ def load_pipeline(path: str | Path, **kwargs: Any) -> DiffusionPipeline:
         if index.get("id2label") and "id2label" not in kwargs:
             # JSON turned the class numbers into strings.
             kwargs["id2label"] = {int(label): name for label, name in index["id2label"].items()}
+        for name, entry in index.items():
+            if entry == [None, None]:  # saved without, e.g. text encoders: diffusers asks again
+                kwargs.setdefault(name, None)
     return DiffusionPipeline.from_pretrained(path, **kwargs)
 
 
