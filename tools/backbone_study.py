@@ -39,6 +39,14 @@ DEFAULT_ARMS = [
 COLUMNS = ("arm", "top-1 %", "per seed", "parameters M", "images/s", "folded images/s")
 
 
+class Stopped(Exception):
+    """A signal ended a run; the same command goes on from its checkpoint."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by signal {signum}; the same command goes on from there")
+        self.signum = signum
+
+
 def _arm_recipe(recipe: Recipe, arm: str, seed: int) -> Recipe:
     folder = Path(recipe.output_dir) / f"{'-'.join(ARMS[arm].values())}-seed{seed}"
     model = replace(recipe.model, args={**recipe.model.args, **ARMS[arm]})
@@ -61,7 +69,9 @@ def run_arm(
         run = _arm_recipe(recipe, arm, seed)
         folder = Path(run.output_dir)
         if not (folder / "last").is_dir():
-            BackboneTrainer(run).run()
+            result = BackboneTrainer(run).run()
+            if result.signum is not None:
+                raise Stopped(result.signum)
         accuracies.append(_last_accuracy(folder))
         print(f"{arm}, seed {seed}: {accuracies[-1]:.2f} %", flush=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -99,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 2 for a wrong recipe."""
+    """Exit code 2 for a wrong recipe, 128 + signal if stopped."""
     words = list(sys.argv[1:] if argv is None else argv)
     options, overrides = _parser().parse_known_args(words)
     recipe = parse_recipe(["--config", options.config, *overrides], "backbone_study", "")
@@ -111,6 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     recipe, arm, options.seeds, options.throughput_batch, options.throughput_seconds
                 )
             )
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signum
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -30,7 +30,7 @@ from lintra.vision.training.config import (
     parse_recipe,
 )
 from lintra.vision.training.data import NpzImages, open_images
-from lintra.vision.training.loop import BackboneTrainer, TrainingDiverged
+from lintra.vision.training.loop import BackboneTrainer, TrainingDiverged, TrainingResult
 from lintra.vision.training.records import read_metrics
 from rooms import ROOT
 
@@ -436,7 +436,9 @@ def test_timm_scripts_see_our_models(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "must be the path of a timm script, got 'none.py'" in capsys.readouterr().err
 
 
-def test_study_writes_its_table(tmp_path: Path, files: dict[str, str]) -> None:
+def test_study_writes_its_table(
+    tmp_path: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = [
         "--config", str(ROOT / "configs" / "vision" / "imagenette64_deit.yaml"),
         "--seeds", "0", "1", "--arms", "softmax, LayerNorm", "SLA, PRepBN (SLAB)",
@@ -454,5 +456,10 @@ def test_study_writes_its_table(tmp_path: Path, files: dict[str, str]) -> None:
     assert table.count("\n| ") == 3
     assert "| SLA, PRepBN (SLAB) |" in table
     assert "python -m lintra.tools.backbone_study --config" in table
+    run = BackboneTrainer.run
+    stopped = TrainingResult(1, None, None, tmp_path, signal.SIGTERM)
+    monkeypatch.setattr(BackboneTrainer, "run", lambda self: stopped)
+    assert backbone_study.main([*words, "--output_dir", str(tmp_path / "stopped")]) == 143
+    monkeypatch.setattr(BackboneTrainer, "run", run)
     bad = [*words, "--model.name", "nothing", "--output_dir", str(tmp_path / "new")]
     assert backbone_study.main(bad) == 2
