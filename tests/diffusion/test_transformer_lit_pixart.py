@@ -49,8 +49,8 @@ class _SquaredAttention(torch.nn.Module):
         weights = F.relu(q) @ F.relu(k).mT
         out = (weights / (weights.sum(-1, keepdim=True) + a.eps)) @ v_heads
         image = v.mT.unflatten(-1, (side, side))
-        filters, bias = a.convolution_parameters()
-        local = F.conv2d(image, filters[:, None], bias, padding=2, groups=image.shape[1])
+        filters, bias = a.dwc.weight.repeat(a.heads, 1, 1, 1), a.dwc.bias.repeat(a.heads)
+        local = F.conv2d(image, filters, bias, padding=2, groups=image.shape[1])
         return a.to_out[0](out.transpose(1, 2).flatten(2) + local.flatten(2).mT)
 
 
