@@ -356,7 +356,9 @@ class BackboneTrainer:
 
     def _export(self, network: nn.Module, name: str) -> Path:
         if self.is_main:
-            save_for_hf(network, self.folder / name, safe_serialization=True)
+            # timm records the arguments by itself only from 1.0.31 on.
+            args = dict(self.recipe.model.args)
+            save_for_hf(network, self.folder / name, model_args=args, safe_serialization=True)
         self.accelerator.wait_for_everyone()
         return self.folder / name
 
