@@ -68,7 +68,10 @@ class ClearAttnProcessor(nn.Module):
     def reset_parameters(self) -> None:
         """Makes the pooling a mean."""
         if self.spatial_weight is not None:
-            nn.init.constant_(self.spatial_weight, 1 / self.spatial_weight.numel())
+            # Not through nn.init, which diffusers turns off while it loads a checkpoint; one that
+            # lacks the weight relies on this.
+            with torch.no_grad():
+                self.spatial_weight.fill_(1 / self.spatial_weight.numel())
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -262,6 +262,16 @@ def test_opens_a_stock_folder(family, down_factor, dtype, tmp_path):
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert all((w == torch.tensor(1 / 9, dtype=dtype)).all() for w in pooling_weights(model))
     assert not any(p.is_meta for p in model.parameters())
+    eager = CLEAR[family].from_pretrained(
+        tmp_path, down_factor=down_factor, torch_dtype=dtype, low_cpu_mem_usage=False
+    )
+    placed = CLEAR[family].from_pretrained(
+        tmp_path, down_factor=down_factor, torch_dtype=dtype, device_map={"": "cpu"}
+    )
+    for name, parameter in model.named_parameters():
+        # diffusers leaves some of SD3's parameters in float32 here
+        assert torch.equal(eager.get_parameter(name).to(dtype), parameter)
+        assert torch.equal(placed.get_parameter(name), parameter)
     if dtype == torch.float32:
         inputs, teacher = clear_inputs(family), tiny_stock(family)
         other = CLEAR[family].from_teacher(teacher, radius=6, down_factor=down_factor)
