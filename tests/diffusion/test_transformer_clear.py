@@ -269,7 +269,8 @@ def test_opens_a_stock_folder(family, down_factor, dtype, tmp_path):
         tmp_path, down_factor=down_factor, torch_dtype=dtype, device_map={"": "cpu"}
     )
     for name, parameter in model.named_parameters():
-        assert torch.equal(eager.get_parameter(name), parameter)
+        # diffusers leaves some of SD3's parameters in float32 here
+        assert torch.equal(eager.get_parameter(name).to(dtype), parameter)
         assert torch.equal(placed.get_parameter(name), parameter)
     if dtype == torch.float32:
         inputs, teacher = clear_inputs(family), tiny_stock(family)
