@@ -13,12 +13,7 @@ from torch import Tensor
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INSTALLED = importlib.util.find_spec("triton") is not None
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MINIMUM_CAPABILITY = (8, 0)
-
-
-@torch.compiler.assume_constant_result
-def _capability(device_index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device_index)
+_OLDEST = 80
 
 
 def why_no_kernel(tensor: Tensor) -> str | None:
@@ -32,8 +27,9 @@ def why_no_kernel(tensor: Tensor) -> str | None:
         return None
     if kind != "cuda":
         return f"its kernels need a CUDA device, got {kind} (TRITON_INTERPRET=1 runs them on cpu)"
-    if torch.version.hip is None and _capability(tensor.device.index) < _MINIMUM_CAPABILITY:
-        return f"its kernels need compute capability {_MINIMUM_CAPABILITY} or newer"
+    # Not while tracing: torch.compile cannot ask a device.
+    if not torch.compiler.is_compiling() and architecture(tensor.get_device()) < _OLDEST:
+        return f"its kernels need compute capability {_OLDEST / 10} or newer"
     return None
 
 

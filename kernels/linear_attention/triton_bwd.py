@@ -43,7 +43,7 @@ from .triton_blocks import (
 from .triton_fwd import State, forward_state, sweep
 
 
-@triton.jit(do_not_specialize=["num_queries", "do_sb", "q_sb", "dq_sb"])
+@triton.jit(do_not_specialize=["num_queries", "rows", "heads", "do_sb", "q_sb", "dq_sb"])
 def _linear_attention_bwd_dq_kernel(
     p_do, p_q, p_dq, p_state, p_key_row, p_weight, p_gain, num_queries, rows, heads, scale, eps,
     do_sb, do_sn, do_sh, q_sb, q_sn, q_sh, dq_sb, dq_sn, dq_sh,
@@ -100,7 +100,7 @@ def _linear_attention_bwd_dq_kernel(
         store_tile(p_dq, o_dq, m_m, D0, feature_grad(q1, t1, FEATURE), D, D1)
 
 
-@triton.jit(do_not_specialize=["num_keys", "k_sb", "v_sb", "dk_sb", "dv_sb"])
+@triton.jit(do_not_specialize=["num_keys", "rows", "heads", "k_sb", "v_sb", "dk_sb", "dv_sb"])
 def _linear_attention_bwd_dkv_kernel(
     p_k, p_v, p_dk, p_dv, p_dstate, p_dkey_row, p_dvalue_row, p_key_row, p_value_row,
     num_keys, rows, heads,
@@ -156,7 +156,7 @@ def _linear_attention_bwd_dkv_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "num_queries", "num_keys", "do_sb", "q_sb", "k_sb", "v_sb", "dq_sb", "dk_sb", "dv_sb",
+        "num_queries", "num_keys", "heads", "do_sb", "q_sb", "k_sb", "v_sb", "dq_sb", "dk_sb", "dv_sb",
     ]
 )  # fmt: skip
 def _linear_attention_bwd_fused_kernel(

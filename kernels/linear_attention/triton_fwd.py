@@ -31,7 +31,7 @@ from .triton_blocks import (
     store_vector,
 )
 
-_UNSPECIALIZED = ["num_queries", "num_keys", "q_sb", "k_sb", "v_sb", "o_sb"]
+_UNSPECIALIZED = ["num_queries", "num_keys", "heads", "q_sb", "k_sb", "v_sb", "o_sb"]
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
@@ -120,7 +120,7 @@ def _linear_attention_fwd_fused_kernel(
             store_tile(p_o, o_o, m_m, E0, o1, E, E1)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "tokens_per_split", "k_sb", "v_sb"])
+@triton.jit(do_not_specialize=["num_tokens", "tokens_per_split", "heads", "k_sb", "v_sb"])
 def _linear_attention_fwd_moments_kernel(
     p_k, p_v, p_weight, p_gain, p_s, p_z, p_a, p_ck, p_cv,
     num_tokens, tokens_per_split, heads, k_sb, k_sn, k_sh, v_sb, v_sn, v_sh,
@@ -244,7 +244,7 @@ def _linear_attention_fwd_reduce_kernel(
             store_vector(p_value_row + row * E, 0, a, E, E_PAD)
 
 
-@triton.jit(do_not_specialize=["num_queries", "q_sb", "o_sb"])
+@triton.jit(do_not_specialize=["num_queries", "rows", "heads", "q_sb", "o_sb"])
 def _linear_attention_fwd_apply_kernel(
     p_q, p_o, p_state, p_key_row, p_value_row, num_queries, rows, heads, scale, eps,
     q_sb, q_sn, q_sh, o_sb, o_sn, o_sh,
