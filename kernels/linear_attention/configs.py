@@ -4,7 +4,7 @@ Keys: (architecture, bytes of an element, width = larger of D and E, rounded up)
 is never one. Unlisted architectures take the row of architecture 0, which fits small memories.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .._common.pinning import pin_or
 
 MAX_HEAD_DIM = 320
 # Above this width one program cannot hold a state, its tiles and their sums.
-MAX_FUSED_DIM = 128
+MAX_NARROW_DIM = 128
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ FWD_FUSED: Table = {
     (0, 2, 64): Launch(64, 4, 2),
     (0, 2, 128): Launch(64, 8, 2),
     (0, 4, 128): Launch(32, 8, 1),
-    (90, 2, 32): Launch(64, 1, 3),
-    (90, 2, 64): Launch(64, 4, 3),
+    (90, 2, 32): Launch(32, 1, 3),
+    (90, 2, 64): Launch(128, 4, 2),
+    (90, 2, 96): Launch(64, 4, 2),
     (90, 2, 128): Launch(64, 8, 3),
 }
 FWD_MOMENTS: Table = {
@@ -42,16 +43,29 @@ FWD_MOMENTS: Table = {
     (0, 2, 320): Launch(32, 8, 2),
     (0, 4, 320): Launch(16, 8, 1),
     (90, 2, 64): Launch(64, 4, 4),
+    (90, 2, 96): Launch(64, 4, 3),
     (90, 2, 128): Launch(64, 8, 4),
     (90, 2, 320): Launch(64, 8, 3),
 }
 FWD_APPLY: Table = {
-    (0, 2, 128): Launch(64, 4, 2),
+    (0, 2, 64): Launch(64, 4, 2),
+    (0, 2, 128): Launch(64, 8, 2),
+    (0, 4, 128): Launch(32, 8, 1),
+    (90, 2, 64): Launch(64, 4, 3),
+    (90, 2, 96): Launch(64, 4, 3),
+    (90, 2, 128): Launch(64, 8, 3),
+}
+FWD_APPLY_WIDE: Table = {
     (0, 2, 320): Launch(64, 8, 2, 32),
     (0, 4, 320): Launch(16, 8, 1, 16),
-    (90, 2, 64): Launch(128, 4, 2),
-    (90, 2, 128): Launch(128, 8, 2),
     (90, 2, 320): Launch(128, 8, 3),
+}
+FWD_QUADRATIC: Table = {
+    (0, 2, 128): Launch(64, 4, 2, 64),
+    (0, 2, 320): Launch(64, 8, 1, 32),
+    (0, 4, 320): Launch(16, 8, 1, 16),
+    (90, 2, 128): Launch(64, 4, 2, 64),
+    (90, 2, 320): Launch(128, 8, 2, 32),
 }
 BWD_FUSED: Table = {
     (0, 2, 64): Launch(64, 4, 1),
@@ -61,29 +75,41 @@ BWD_FUSED: Table = {
     (90, 2, 64): Launch(64, 4, 2),
     (90, 2, 128): Launch(64, 8, 1),
 }
-BWD_DQ: Table = {
-    (0, 2, 128): Launch(64, 4, 2),
+BWD_QUERIES: Table = {
+    (0, 2, 64): Launch(64, 4, 1),
+    (0, 2, 128): Launch(32, 8, 1),
+    (0, 4, 128): Launch(16, 8, 1),
+    (90, 2, 64): Launch(64, 4, 2),
+    (90, 2, 128): Launch(64, 8, 1),
+}
+BWD_KEYS: Table = {
+    (0, 2, 64): Launch(64, 4, 1),
+    (0, 2, 128): Launch(32, 8, 1),
+    (0, 4, 128): Launch(16, 8, 1),
+    (90, 2, 64): Launch(64, 4, 3),
+    (90, 2, 128): Launch(64, 8, 2),
+}
+BWD_DQ_WIDE: Table = {
     (0, 2, 320): Launch(64, 8, 2, 32),
     (0, 4, 320): Launch(16, 8, 1, 16),
-    (90, 2, 64): Launch(128, 4, 2),
-    (90, 2, 128): Launch(64, 4, 2),
     (90, 2, 320): Launch(64, 8, 3),
 }
-BWD_DKV: Table = {
-    (0, 2, 128): Launch(64, 4, 2),
+BWD_DKV_WIDE: Table = {
     (0, 2, 320): Launch(64, 8, 2, 32),
     (0, 4, 320): Launch(16, 8, 1, 16),
-    (90, 2, 64): Launch(128, 4, 2),
-    (90, 2, 128): Launch(64, 4, 2),
     (90, 2, 320): Launch(64, 8, 3),
 }
 TABLES: dict[str, Table] = {
     "fwd_fused": FWD_FUSED,
     "fwd_moments": FWD_MOMENTS,
     "fwd_apply": FWD_APPLY,
+    "fwd_apply_wide": FWD_APPLY_WIDE,
+    "fwd_quadratic": FWD_QUADRATIC,
     "bwd_fused": BWD_FUSED,
-    "bwd_dq": BWD_DQ,
-    "bwd_dkv": BWD_DKV,
+    "bwd_queries": BWD_QUERIES,
+    "bwd_keys": BWD_KEYS,
+    "bwd_dq_wide": BWD_DQ_WIDE,
+    "bwd_dkv_wide": BWD_DKV_WIDE,
 }
 
 
@@ -95,8 +121,18 @@ def launch_of(name: str, tensor: Tensor, width: int) -> Launch:
     for key in (arch, 0):
         rows = [row for row in table if row[0] == key and row[1] == size and row[2] >= width]
         if rows:
-            return pin_or(name, table[min(rows)])
+            launch = table[min(rows)]
+            if tensor.dtype == torch.float16 and width > 64:
+                # The state side of float16 is float32, twice the memory of bfloat16's.
+                launch = replace(launch, block=max(16, launch.block // 2), stages=1, step=32)
+            return pin_or(name, launch)
     raise AssertionError(f"no launch of {name} for {tensor.dtype}, width {width}")
+
+
+def kernel_feature(feature_map: str, tensor: Tensor) -> str:
+    """The form of a feature map that the kernels take: NVIDIA's have a relu of two halves."""
+    packed = tensor.is_cuda and torch.version.hip is None and tensor.element_size() == 2
+    return "relu_packed" if feature_map == "relu" and packed else feature_map
 
 
 def _power_of_two(number: int) -> int:
@@ -127,22 +163,39 @@ def value_block(head_dim: int, value_dim: int, element_size: int) -> int:
     return limit
 
 
-def runs_in_one_launch(name: str, query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether one program a head fills the device well enough, and can hold a whole state."""
-    batch, _, heads, head_dim = query.shape
-    if max(head_dim, value.shape[3]) > MAX_FUSED_DIM:
-        return False
-    tokens = max(query.shape[1], key.shape[1])
+def is_wide(head_dim: int, value_dim: int) -> bool:
+    """Whether the state of a head is more than one program can keep."""
+    return max(head_dim, value_dim) > MAX_NARROW_DIM
+
+
+def way_of(name: str, query: Tensor, key: Tensor, value: Tensor) -> str:
+    """fused, split or quadratic; `name` is fwd or bwd, the latter in the linear order only."""
+    batch, num_queries, heads, head_dim = query.shape
+    num_keys, value_dim = key.shape[1], value.shape[3]
     waves = batch * heads / multiprocessors(query)
-    # Few heads leave processors idle, which only a short run of tokens forgives.
-    return pin_or(f"{name}_one_launch", waves >= 2.5 or tokens <= 256)
+    if is_wide(head_dim, value_dim):
+        # Three launches and a state in memory cost more than some more products.
+        short = num_keys <= max(256, head_dim) and query.element_size() == 2
+        way = "quadratic" if name == "fwd" and short else "split"
+    elif waves >= 2.5 or max(num_queries, num_keys) <= 256:
+        # Few heads leave processors idle, which only a short run of tokens forgives.
+        way = "fused"
+    else:
+        way = "split"
+    return pin_or(f"{name}_way", way)
 
 
-def splits_of(tokens: int, programs: int, tensor: Tensor, block: int) -> int:
-    """Ranges of tokens so that about four programs a multiprocessor run at once."""
-    wanted = -(-4 * multiprocessors(tensor) // max(programs, 1))
-    most = max(1, tokens // (4 * block))
-    return pin_or("splits", max(1, min(wanted, most)))
+def splits_of(
+    tokens: int, programs: int, tensor: Tensor, launch: Launch, head_dim: int
+) -> tuple[int, int]:
+    """How many ranges of how many tokens, to fill the device with what runs at once on it."""
+    resident = 4 if head_dim <= 64 else 2 if head_dim <= MAX_NARROW_DIM else 1
+    wanted = round(resident * multiprocessors(tensor) / max(programs, 1))
+    most = max(1, tokens // (4 * launch.block))
+    splits = pin_or("splits", max(1, min(wanted, most)))
+    blocks = -(-tokens // launch.block)
+    share = -(-blocks // splits) * launch.block
+    return -(-tokens // share), share
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

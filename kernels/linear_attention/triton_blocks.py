@@ -1,8 +1,12 @@
-"""Building blocks of the linear attention kernels: feature maps, moments, rows times state.
+"""Building blocks of the linear attention kernels: feature maps, tiles, moments, rows times state.
+
+The state is kept transposed, S^T = sum_j v_j phi(k_j)^T of (E, D): values then go from memory to
+the tensor cores without passing registers, and only the keys meet their feature map there.
 
 A head of D channels is held as two power-of-two parts D0 + D1 >= D (72 = 64 + 16, 288 = 256 + 32;
-D1 = 0 if one part does), and E likewise, so that a state has up to four blocks s00, s01, s10, s11.
-Blocks of an absent part are scalars that nothing reads. Every function masks the padding.
+D1 = 0 if one part does), and E likewise, so that a state has up to four blocks: s10 is part 1 of
+the E rows by part 0 of the D columns. Blocks of an absent part are scalars that nothing reads.
+Every function masks the padding.
 """
 
 import triton
@@ -14,8 +18,20 @@ def feature(x, FEATURE: tl.constexpr):
     """phi(x) in the dtype of x. A new feature map is a branch here and one in `feature_grad`, and
     `load_features` must know it if phi(0) is not 0."""
     if FEATURE == "relu":
-        # Not maximum: a NaN must stay visible, as in PyTorch.
-        y = tl.where(x <= 0, 0.0, x).to(x.dtype)
+        # One use of x, so that its load may go to shared memory directly; NaN as in PyTorch.
+        y = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)
+    elif FEATURE == "relu_packed":
+        # The same on two halves at once; Triton itself goes through float32.
+        if x.dtype == tl.bfloat16:
+            y = tl.inline_asm_elementwise(
+                "{ .reg .b32 zero; mov.b32 zero, 0; max.NaN.bf16x2 $0, $1, zero; }",
+                "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2,
+            )  # fmt: skip
+        else:
+            y = tl.inline_asm_elementwise(
+                "{ .reg .b32 zero; mov.b32 zero, 0; max.NaN.f16x2 $0, $1, zero; }",
+                "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2,
+            )  # fmt: skip
     elif FEATURE == "elu1":
         wide = x.to(tl.float32)
         y = tl.where(wide > 0, wide + 1, tl.exp(wide)).to(x.dtype)
@@ -28,7 +44,7 @@ def feature(x, FEATURE: tl.constexpr):
 @triton.jit
 def feature_grad(x, d_phi, FEATURE: tl.constexpr):
     """Gradient of x in float32 from that of phi(x)."""
-    if FEATURE == "relu":
+    if FEATURE == "relu" or FEATURE == "relu_packed":
         dx = tl.where(x > 0, d_phi, 0.0)
     elif FEATURE == "elu1":
         wide = x.to(tl.float32)
@@ -80,62 +96,43 @@ def store_vector(p_x, first, values, COLUMNS, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def shift_of(
-    p_x, stride, count, column, COLUMNS, WIDTH: tl.constexpr, FEATURE: tl.constexpr
-):
-    """Mean of phi over the first rows: near the mean of all, which is all that centring needs."""
+def shift_of(p_x, stride, count, column, COLUMNS, WIDTH: tl.constexpr, FEATURE: tl.constexpr):
+    """What to subtract from a channel before a covariance is summed: about its mean, or zero.
+
+    Near the mean is all that accuracy needs, so the first rows tell. Half types are shifted only
+    where the mean is large beside the deviations, by a number of their own: such differences are
+    exact, while those of small numbers would be rounded with a bias that adds up over tokens.
+    """
+    DTYPE: tl.constexpr = p_x.dtype.element_ty
     o_n = tl.arange(0, 16)
     m_n = o_n < count
     x = load_tile(p_x, o_n.to(tl.int64) * stride, m_n, column, COLUMNS, WIDTH)
     x = tl.where(m_n[:, None], feature(x, FEATURE).to(tl.float32), 0.0)
-    return tl.sum(x, 0) / tl.minimum(count, 16).to(tl.float32)
+    number = tl.minimum(count, 16).to(tl.float32)
+    mean = tl.sum(x, 0) / number
+    if DTYPE != tl.float32:
+        mean = mean.to(DTYPE).to(tl.float32)
+        deviation = tl.where(m_n[:, None], x - mean[None, :], 0.0)
+        variance = tl.sum(deviation * deviation, 0) / number
+        mean = tl.where(mean * mean > 4 * variance, mean, 0.0)
+    return mean
 
 
 @triton.jit
-def gain_columns(m_n, gain, GAINED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """(BLOCK, 16) operand whose product with phi(k)^T, summed over columns, is sum_j gain_j phi_j.
+def gain_rows(m_n, gain, GAINED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """(16, BLOCK) operand whose product with rows x_j, summed over its rows, is sum_j gain_j x_j.
 
-    The tensor cores then do the sums over tokens. A gain is two columns, its leading bits and the
+    The tensor cores then do the sums over tokens. A gain is two rows, its leading bits and the
     rest, so that half operands keep 16 bits of it.
     """
-    o_column = tl.arange(0, 16)[None, :]
+    o_row = tl.arange(0, 16)[:, None]
     if GAINED:
         high = gain.to(tl.bfloat16).to(tl.float32)
         low = gain - high
-        columns = tl.where(
-            o_column == 0, high[:, None], tl.where(o_column == 1, low[:, None], 0.0)
-        )
+        rows = tl.where(o_row == 0, high[None, :], tl.where(o_row == 1, low[None, :], 0.0))
     else:
-        columns = tl.where((o_column == 0) & m_n[:, None], 1.0, 0.0)
-    return columns.to(DTYPE)
-
-
-@triton.jit
-def moment_step(
-    k0, k1, v0, v1, columns,
-    s00, s01, s10, s11, z0, z1, a0, a1,
-    D1: tl.constexpr, E1: tl.constexpr,
-    SUM_K: tl.constexpr, SUM_V: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Adds k^T v to the state, k^T columns to z and v^T columns to a."""
-    k0 = tl.trans(k0)
-    s00 = tl.dot(k0, v0, s00, input_precision=PRECISION)
-    if E1 > 0:
-        s01 = tl.dot(k0, v1, s01, input_precision=PRECISION)
-    if SUM_K:
-        z0 = tl.dot(k0, columns, z0, input_precision=PRECISION)
-    if D1 > 0:
-        k1 = tl.trans(k1)
-        s10 = tl.dot(k1, v0, s10, input_precision=PRECISION)
-        if E1 > 0:
-            s11 = tl.dot(k1, v1, s11, input_precision=PRECISION)
-        if SUM_K:
-            z1 = tl.dot(k1, columns, z1, input_precision=PRECISION)
-    if SUM_V:
-        a0 = tl.dot(tl.trans(v0), columns, a0, input_precision=PRECISION)
-        if E1 > 0:
-            a1 = tl.dot(tl.trans(v1), columns, a1, input_precision=PRECISION)
-    return s00, s01, s10, s11, z0, z1, a0, a1
+        rows = tl.where((o_row == 0) & m_n[None, :], 1.0, 0.0)
+    return rows.to(DTYPE)
 
 
 @triton.jit
@@ -143,29 +140,100 @@ def empty_moments(
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     SUM_K: tl.constexpr, SUM_V: tl.constexpr,
 ):  # fmt: skip
-    s00 = tl.zeros((D0, E0), tl.float32)
+    s00 = tl.zeros((E0, D0), tl.float32)
     s01, s10, s11, z0, z1, a0, a1 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    if E1 > 0:
-        s01 = tl.zeros((D0, E1), tl.float32)
     if D1 > 0:
-        s10 = tl.zeros((D1, E0), tl.float32)
+        s01 = tl.zeros((E0, D1), tl.float32)
+    if E1 > 0:
+        s10 = tl.zeros((E1, D0), tl.float32)
     if D1 > 0 and E1 > 0:
-        s11 = tl.zeros((D1, E1), tl.float32)
+        s11 = tl.zeros((E1, D1), tl.float32)
     if SUM_K:
-        z0 = tl.zeros((D0, 16), tl.float32)
+        z0 = tl.zeros((16, D0), tl.float32)
     if SUM_K and D1 > 0:
-        z1 = tl.zeros((D1, 16), tl.float32)
+        z1 = tl.zeros((16, D1), tl.float32)
     if SUM_V:
-        a0 = tl.zeros((E0, 16), tl.float32)
+        a0 = tl.zeros((16, E0), tl.float32)
     if SUM_V and E1 > 0:
-        a1 = tl.zeros((E1, 16), tl.float32)
+        a1 = tl.zeros((16, E1), tl.float32)
     return s00, s01, s10, s11, z0, z1, a0, a1
 
 
 @triton.jit
+def moment_step(
+    k0, k1, v0, v1, gains,
+    s00, s01, s10, s11, z0, z1, a0, a1,
+    D1: tl.constexpr, E1: tl.constexpr,
+    SUM_K: tl.constexpr, SUM_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds v^T k to the state, gains k to z and gains v to a."""
+    s00 = tl.dot(tl.trans(v0), k0, s00, input_precision=PRECISION)
+    if D1 > 0:
+        s01 = tl.dot(tl.trans(v0), k1, s01, input_precision=PRECISION)
+    if E1 > 0:
+        s10 = tl.dot(tl.trans(v1), k0, s10, input_precision=PRECISION)
+        if D1 > 0:
+            s11 = tl.dot(tl.trans(v1), k1, s11, input_precision=PRECISION)
+    if SUM_K:
+        z0 = tl.dot(gains, k0, z0, input_precision=PRECISION)
+        if D1 > 0:
+            z1 = tl.dot(gains, k1, z1, input_precision=PRECISION)
+    if SUM_V:
+        a0 = tl.dot(gains, v0, a0, input_precision=PRECISION)
+        if E1 > 0:
+            a1 = tl.dot(gains, v1, a1, input_precision=PRECISION)
+    return s00, s01, s10, s11, z0, z1, a0, a1
+
+
+@triton.jit
+def sum_rows(
+    z0, z1, a0, a1, D1: tl.constexpr, E1: tl.constexpr, SUM_K: tl.constexpr, SUM_V: tl.constexpr
+):
+    """The vectors that `moment_step` keeps as 16 rows each."""
+    if SUM_K:
+        z0 = tl.sum(z0, 0)
+        if D1 > 0:
+            z1 = tl.sum(z1, 0)
+    if SUM_V:
+        a0 = tl.sum(a0, 0)
+        if E1 > 0:
+            a1 = tl.sum(a1, 0)
+    return z0, z1, a0, a1
+
+
+@triton.jit
+def centre(
+    s00, s01, s10, s11, z0, z1, a0, a1, count, D1: tl.constexpr, E1: tl.constexpr
+):
+    """sum (v - mean v) (phi - mean phi)^T from the sum around the shifts and the sums z, a."""
+    s00 -= a0[:, None] * (z0 / count)[None, :]
+    if D1 > 0:
+        s01 -= a0[:, None] * (z1 / count)[None, :]
+    if E1 > 0:
+        s10 -= a1[:, None] * (z0 / count)[None, :]
+        if D1 > 0:
+            s11 -= a1[:, None] * (z1 / count)[None, :]
+    return s00, s01, s10, s11
+
+
+@triton.jit
+def scale_cast(
+    s00, s01, s10, s11, factor, DTYPE: tl.constexpr, D1: tl.constexpr, E1: tl.constexpr
+):
+    """The one cast of a state to what the tensor cores take."""
+    s00 = (s00 * factor).to(DTYPE)
+    if D1 > 0:
+        s01 = (s01 * factor).to(DTYPE)
+    if E1 > 0:
+        s10 = (s10 * factor).to(DTYPE)
+        if D1 > 0:
+            s11 = (s11 * factor).to(DTYPE)
+    return s00, s01, s10, s11
+
+
+@triton.jit
 def moments(
-    p_k, p_v, p_weight, p_gain, k_stride, v_stride, token_stride, start, stop,
-    ck0, ck1, cv0, cv1,
+    p_k, p_v, p_weight, p_gain, k_stride, v_stride, start, stop, ck0, ck1, cv0, cv1,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     E, E0: tl.constexpr, E1: tl.constexpr,
     FEATURE: tl.constexpr, CENTRED: tl.constexpr, WEIGHTED: tl.constexpr,
@@ -173,8 +241,8 @@ def moments(
 ):  # fmt: skip
     """Sums over the tokens start <= j < stop, all float32:
 
-    S = sum (phi(k_j) - ck) (w_j (v_j - cv))^T, z = sum g_j (phi(k_j) - ck), a = sum (v_j - cv);
-    c = 0 unless CENTRED, w = g = 1 unless WEIGHTED. z and a come as (width, 16), to be summed.
+    S^T = sum (v_j - cv) x_j^T, z = sum g_j x_j, a = sum (v_j - cv) with x_j = w_j phi(k_j) - ck;
+    c = 0 unless CENTRED, w = g = 1 unless WEIGHTED.
     """
     DTYPE: tl.constexpr = tl.float32 if WIDE and (CENTRED or WEIGHTED) else p_k.dtype.element_ty
     PRECISION: tl.constexpr = "tf32" if WIDE else "ieee"
@@ -200,31 +268,95 @@ def moments(
             if E1 > 0:
                 v1 = tl.where(m_n[:, None], v1.to(tl.float32) - cv1[None, :], 0.0)
         if WEIGHTED:
-            o_w = o_n.to(tl.int64) * token_stride
-            weight = tl.load(p_weight + o_w, mask=m_n, other=0.0)
-            gain = tl.load(p_gain + o_w, mask=m_n, other=0.0)
-            v0 = v0.to(tl.float32) * weight[:, None]
-            if E1 > 0:
-                v1 = v1.to(tl.float32) * weight[:, None]
+            weight = tl.load(p_weight + o_n, mask=m_n, other=0.0)
+            gain = tl.load(p_gain + o_n, mask=m_n, other=0.0)
+            k0 = k0.to(tl.float32) * weight[:, None]
+            if D1 > 0:
+                k1 = k1.to(tl.float32) * weight[:, None]
         k0, v0 = k0.to(DTYPE), v0.to(DTYPE)
         if D1 > 0:
             k1 = k1.to(DTYPE)
         if E1 > 0:
             v1 = v1.to(DTYPE)
-        columns = gain_columns(m_n, gain, WEIGHTED, DTYPE, BLOCK)
+        gains = gain_rows(m_n, gain, WEIGHTED, DTYPE, BLOCK)
         s00, s01, s10, s11, z0, z1, a0, a1 = moment_step(
-            k0, k1, v0, v1, columns, s00, s01, s10, s11, z0, z1, a0, a1,
+            k0, k1, v0, v1, gains, s00, s01, s10, s11, z0, z1, a0, a1,
             D1, E1, SUM_K, SUM_V, PRECISION,
         )  # fmt: skip
+    z0, z1, a0, a1 = sum_rows(z0, z1, a0, a1, D1, E1, SUM_K, SUM_V)
     return s00, s01, s10, s11, z0, z1, a0, a1
 
 
 @triton.jit
+def load_state(
+    p_state, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """All blocks of one stored state (E, D)."""
+    s01, s10, s11 = 0.0, 0.0, 0.0
+    o_e0 = tl.arange(0, E0)
+    s00 = load_tile(p_state, o_e0 * D, o_e0 < E, 0, D, D0).to(DTYPE)
+    if D1 > 0:
+        s01 = load_tile(p_state, o_e0 * D, o_e0 < E, D0, D, D1).to(DTYPE)
+    if E1 > 0:
+        o_e1 = E0 + tl.arange(0, E1)
+        s10 = load_tile(p_state, o_e1 * D, o_e1 < E, 0, D, D0).to(DTYPE)
+        if D1 > 0:
+            s11 = load_tile(p_state, o_e1 * D, o_e1 < E, D0, D, D1).to(DTYPE)
+    return s00, s01, s10, s11
+
+
+@triton.jit
+def store_state(
+    p_state, s00, s01, s10, s11, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    E, E0: tl.constexpr, E1: tl.constexpr,
+):  # fmt: skip
+    """All blocks of a state; E rows from `p_state` on."""
+    o_e0 = tl.arange(0, E0)
+    store_tile(p_state, o_e0 * D, o_e0 < E, 0, s00, D, D0)
+    if D1 > 0:
+        store_tile(p_state, o_e0 * D, o_e0 < E, D0, s01, D, D1)
+    if E1 > 0:
+        o_e1 = E0 + tl.arange(0, E1)
+        store_tile(p_state, o_e1 * D, o_e1 < E, 0, s10, D, D0)
+        if D1 > 0:
+            store_tile(p_state, o_e1 * D, o_e1 < E, D0, s11, D, D1)
+
+
+@triton.jit
+def load_vectors(p_x, COLUMNS, W0: tl.constexpr, W1: tl.constexpr):
+    """Both parts of one float32 vector."""
+    x1 = 0.0
+    x0 = load_vector(p_x, 0, COLUMNS, W0)
+    if W1 > 0:
+        x1 = load_vector(p_x, W0, COLUMNS, W1)
+    return x0, x1
+
+
+@triton.jit
+def store_vectors(p_x, x0, x1, COLUMNS, W0: tl.constexpr, W1: tl.constexpr):
+    store_vector(p_x, 0, x0, COLUMNS, W0)
+    if W1 > 0:
+        store_vector(p_x, W0, x1, COLUMNS, W1)
+
+
+@triton.jit
+def shifts_of(
+    p_x, stride, count, COLUMNS, W0: tl.constexpr, W1: tl.constexpr, FEATURE: tl.constexpr
+):
+    x1 = 0.0
+    x0 = shift_of(p_x, stride, count, 0, COLUMNS, W0, FEATURE)
+    if W1 > 0:
+        x1 = shift_of(p_x, stride, count, W0, COLUMNS, W1, FEATURE)
+    return x0, x1
+
+
+@triton.jit
 def rows_times(x0, x1, w0, w1, X1: tl.constexpr, PRECISION: tl.constexpr):
-    """x0 @ w0 + x1 @ w1, the second only if X1 > 0."""
-    y = tl.dot(x0, w0, input_precision=PRECISION)
+    """x0 @ w0^T + x1 @ w1^T, the second only if X1 > 0."""
+    y = tl.dot(x0, tl.trans(w0), input_precision=PRECISION)
     if X1 > 0:
-        y = tl.dot(x1, w1, y, input_precision=PRECISION)
+        y = tl.dot(x1, tl.trans(w1), y, input_precision=PRECISION)
     return y
 
 
