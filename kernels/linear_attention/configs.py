@@ -163,20 +163,16 @@ def value_block(head_dim: int, value_dim: int, element_size: int) -> int:
     return limit
 
 
-def is_wide(head_dim: int, value_dim: int) -> bool:
-    """Whether the state of a head is more than one program can keep."""
-    return max(head_dim, value_dim) > MAX_NARROW_DIM
-
-
 def way_of(name: str, query: Tensor, key: Tensor, value: Tensor) -> str:
-    """fused, split or quadratic; `name` is fwd or bwd, the latter in the linear order only."""
+    """fused: one program a head; split: ranges of tokens around a state that a program can keep;
+    wide: around one that it cannot; quadratic, in the forward pass. `name` is fwd or bwd."""
     batch, num_queries, heads, head_dim = query.shape
-    num_keys, value_dim = key.shape[1], value.shape[3]
+    num_keys, width = key.shape[1], max(head_dim, value.shape[3])
     waves = batch * heads / multiprocessors(query)
-    if is_wide(head_dim, value_dim):
+    if width > MAX_NARROW_DIM:
         # Three launches and a state in memory cost more than some more products.
         short = num_keys <= max(256, head_dim) and query.element_size() == 2
-        way = "quadratic" if name == "fwd" and short else "split"
+        way = "quadratic" if name == "fwd" and short else "wide"
     elif waves >= 2.5 or max(num_queries, num_keys) <= 256:
         # Few heads leave processors idle, which only a short run of tokens forgives.
         way = "fused"

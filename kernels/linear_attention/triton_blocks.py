@@ -136,6 +136,22 @@ def gain_rows(m_n, gain, GAINED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
+def fold_gains(v1, m_n, gain, TAIL: tl.constexpr, E1: tl.constexpr, GAINED: tl.constexpr):
+    """The tail of v with the gains of `gain_rows` in its first two columns of padding: the product
+    with phi(k) that gives the tail of the state then gives z as well."""
+    o_column = tl.arange(0, E1)[None, :]
+    wide = v1.to(tl.float32)
+    if GAINED:
+        high = gain.to(tl.bfloat16).to(tl.float32)
+        low = gain - high
+        wide = tl.where(o_column == TAIL, high[:, None], wide)
+        wide = tl.where(o_column == TAIL + 1, low[:, None], wide)
+    else:
+        wide = tl.where((o_column == TAIL) & m_n[:, None], 1.0, wide)
+    return wide.to(v1.dtype)
+
+
+@triton.jit
 def empty_moments(
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     SUM_K: tl.constexpr, SUM_V: tl.constexpr,
@@ -166,7 +182,8 @@ def moment_step(
     D1: tl.constexpr, E1: tl.constexpr,
     SUM_K: tl.constexpr, SUM_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds v^T k to the state, gains k to z and gains v to a."""
+    """Adds v^T k to the state, gains k to z and gains v to a. SUM_K is False where the gains ride
+    on the tail of v."""
     s00 = tl.dot(tl.trans(v0), k0, s00, input_precision=PRECISION)
     if D1 > 0:
         s01 = tl.dot(tl.trans(v0), k1, s01, input_precision=PRECISION)
@@ -187,10 +204,17 @@ def moment_step(
 
 @triton.jit
 def sum_rows(
-    z0, z1, a0, a1, D1: tl.constexpr, E1: tl.constexpr, SUM_K: tl.constexpr, SUM_V: tl.constexpr
-):
-    """The vectors that `moment_step` keeps as 16 rows each."""
-    if SUM_K:
+    s10, s11, z0, z1, a0, a1, TAIL,
+    D1: tl.constexpr, E1: tl.constexpr,
+    FOLD: tl.constexpr, SUM_K: tl.constexpr, SUM_V: tl.constexpr,
+):  # fmt: skip
+    """z and a as vectors: `moment_step` keeps them as 16 rows each, or z in the tail of S^T."""
+    if FOLD:
+        padding = (tl.arange(0, E1) >= TAIL)[:, None]
+        z0 = tl.sum(tl.where(padding, s10, 0.0), 0)
+        if D1 > 0:
+            z1 = tl.sum(tl.where(padding, s11, 0.0), 0)
+    elif SUM_K:
         z0 = tl.sum(z0, 0)
         if D1 > 0:
             z1 = tl.sum(z1, 0)
@@ -237,7 +261,8 @@ def moments(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     E, E0: tl.constexpr, E1: tl.constexpr,
     FEATURE: tl.constexpr, CENTRED: tl.constexpr, WEIGHTED: tl.constexpr,
-    SUM_K: tl.constexpr, SUM_V: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    SUM_K: tl.constexpr, SUM_V: tl.constexpr, FOLD: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums over the tokens start <= j < stop, all float32:
 
@@ -246,7 +271,8 @@ def moments(
     """
     DTYPE: tl.constexpr = tl.float32 if WIDE and (CENTRED or WEIGHTED) else p_k.dtype.element_ty
     PRECISION: tl.constexpr = "tf32" if WIDE else "ieee"
-    s00, s01, s10, s11, z0, z1, a0, a1 = empty_moments(D0, D1, E0, E1, SUM_K, SUM_V)
+    OWN: tl.constexpr = SUM_K and not FOLD
+    s00, s01, s10, s11, z0, z1, a0, a1 = empty_moments(D0, D1, E0, E1, OWN, SUM_V)
     for n in range(start, stop, BLOCK):
         k1, v1, gain = 0.0, 0.0, 0.0
         o_n = n + tl.arange(0, BLOCK)
@@ -279,11 +305,13 @@ def moments(
         if E1 > 0:
             v1 = v1.to(DTYPE)
         gains = gain_rows(m_n, gain, WEIGHTED, DTYPE, BLOCK)
+        if FOLD:
+            v1 = fold_gains(v1, m_n, gain, E - E0, E1, WEIGHTED)
         s00, s01, s10, s11, z0, z1, a0, a1 = moment_step(
             k0, k1, v0, v1, gains, s00, s01, s10, s11, z0, z1, a0, a1,
-            D1, E1, SUM_K, SUM_V, PRECISION,
+            D1, E1, OWN, SUM_V, PRECISION,
         )  # fmt: skip
-    z0, z1, a0, a1 = sum_rows(z0, z1, a0, a1, D1, E1, SUM_K, SUM_V)
+    z0, z1, a0, a1 = sum_rows(s10, s11, z0, z1, a0, a1, E - E0, D1, E1, FOLD, SUM_K, SUM_V)
     return s00, s01, s10, s11, z0, z1, a0, a1
 
 

@@ -27,6 +27,7 @@ from .triton_blocks import (
     centre,
     empty_moments,
     feature_grad,
+    fold_gains,
     gain_rows,
     load_features,
     load_state,
@@ -78,7 +79,9 @@ def _query_sweep(
     and, with SUM_V, of sum do."""
     DTYPE: tl.constexpr = tl.float32 if WIDE else p_q.dtype.element_ty
     PRECISION: tl.constexpr = "tf32" if WIDE else "ieee"
-    d00, d01, d10, d11, dz0, dz1, b0, b1 = empty_moments(D0, D1, E0, E1, RATIO, SUM_V)
+    FOLD: tl.constexpr = RATIO and E1 > 0 and E0 + E1 >= E + 2
+    OWN: tl.constexpr = RATIO and not FOLD
+    d00, d01, d10, d11, dz0, dz1, b0, b1 = empty_moments(D0, D1, E0, E1, OWN, SUM_V)
     for m in range(start, stop, BLOCK):
         o_m = m + tl.arange(0, BLOCK)
         m_m = o_m < stop
@@ -116,11 +119,15 @@ def _query_sweep(
             store_tile(p_dq, o_dq, m_m, D0, feature_grad(q1, t1, FEATURE), D, D1)
             f1 = f1.to(DTYPE)
         gains = gain_rows(m_m, gain, RATIO, DTYPE, BLOCK)
+        if FOLD:
+            g1 = fold_gains(g1, m_m, gain, E - E0, E1, RATIO)
         d00, d01, d10, d11, dz0, dz1, b0, b1 = moment_step(
             f0, f1, g0, g1, gains, d00, d01, d10, d11, dz0, dz1, b0, b1,
-            D1, E1, RATIO, SUM_V, PRECISION,
+            D1, E1, OWN, SUM_V, PRECISION,
         )  # fmt: skip
-    dz0, dz1, b0, b1 = sum_rows(dz0, dz1, b0, b1, D1, E1, RATIO, SUM_V)
+    dz0, dz1, b0, b1 = sum_rows(
+        d10, d11, dz0, dz1, b0, b1, E - E0, D1, E1, FOLD, RATIO, SUM_V
+    )
     return d00, d01, d10, d11, dz0, dz1, b0, b1
 
 
@@ -292,6 +299,7 @@ def _linear_attention_bwd_fused_kernel(
     for dq and dS, then the keys for dk and dv."""
     RATIO: tl.constexpr = NORMALIZER == "ratio"
     CENTRED: tl.constexpr = NORMALIZER == "covariance"
+    FOLD: tl.constexpr = (RATIO or CENTRED) and E1 > 0 and E0 + E1 >= E + 2
     DTYPE: tl.constexpr = tl.float32 if WIDE else p_q.dtype.element_ty
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -304,7 +312,7 @@ def _linear_attention_bwd_fused_kernel(
     s00, s01, s10, s11, z0, z1, a0, a1 = moments(
         p_k, p_v, p_k, p_k, k_sn * VECTOR, v_sn * VECTOR, 0, num_keys, ck0, ck1, cv0, cv1,
         D, D0, D1, E, E0, E1, FEATURE, CENTRED, False,
-        RATIO or CENTRED, CENTRED, WIDE, BLOCK,
+        RATIO or CENTRED, CENTRED, FOLD, WIDE, BLOCK,
     )  # fmt: skip
     # Factor of the constant weights of covariance and none; ratio weighs each query.
     factor = scale
@@ -424,12 +432,12 @@ def linear_attention_bwd(
     d_out, query, key, value = (unit_last(x) for x in (d_out, query, key, value))
     options = (feature_map, normalizer, scale, eps)
     with device_guard(query):
-        if configs.way_of("bwd", query, key, value) == "fused":
+        way = configs.way_of("bwd", query, key, value)
+        if way == "fused":
             _fused(d_out, query, key, value, (dq, dk, dv), *options)
             return dq, dk, dv
-        wide = configs.is_wide(query.shape[3], value.shape[3])
-        query_side = query_side_wide if wide else _query_side
-        key_side = key_side_wide if wide else _key_side
+        query_side = query_side_wide if way == "wide" else _query_side
+        key_side = key_side_wide if way == "wide" else _key_side
         state = forward_state(key, value, feature_map, normalizer, scale)
         d_state = query_side(d_out, query, dq, state, key.shape[1], *options)
         key_side(key, value, dk, dv, d_state, state, feature_map, normalizer)

@@ -89,6 +89,7 @@ def _linear_attention_fwd_fused_kernel(
     queries; the state never leaves it."""
     RATIO: tl.constexpr = NORMALIZER == "ratio"
     CENTRED: tl.constexpr = NORMALIZER == "covariance"
+    FOLD: tl.constexpr = (RATIO or CENTRED) and E1 > 0 and E0 + E1 >= E + 2
     DTYPE: tl.constexpr = tl.float32 if WIDE else p_q.dtype.element_ty
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -104,7 +105,7 @@ def _linear_attention_fwd_fused_kernel(
     s00, s01, s10, s11, z0, z1, a0, a1 = moments(
         p_k, p_v, p_k, p_k, k_sn * VECTOR, v_sn * VECTOR, 0, num_keys, ck0, ck1, b0, b1,
         D, D0, D1, E, E0, E1, FEATURE, CENTRED, False,
-        RATIO or CENTRED, CENTRED, WIDE, BLOCK,
+        RATIO or CENTRED, CENTRED, FOLD, WIDE, BLOCK,
     )  # fmt: skip
     if CENTRED:
         s00, s01, s10, s11 = centre(s00, s01, s10, s11, z0, z1, a0, a1, num_keys, D1, E1)
@@ -224,7 +225,7 @@ def _fused(
 
 
 def _apply(
-    query: Tensor, out: Tensor, state: State,
+    query: Tensor, out: Tensor, state: State, wide: bool,
     feature_map: str, normalizer: str, scale: float, eps: float,
 ) -> None:  # fmt: skip
     batch, num_queries, heads, head_dim = query.shape
@@ -238,7 +239,7 @@ def _apply(
         "WIDE": query.dtype == torch.float16, "VECTOR": vector,
     }  # fmt: skip
     strides = strides_in_vectors(vector, query, out)
-    if configs.is_wide(head_dim, value_dim):
+    if wide:
         launch = configs.launch_of("fwd_apply_wide", query, max(head_dim, value_dim))
         _linear_attention_fwd_apply_wide_kernel[(rows * triton.cdiv(num_queries, launch.block),)](
             query, out, *state, num_queries, rows, heads, scale, eps, *strides, **common,
@@ -275,5 +276,5 @@ def linear_attention_fwd(
             attend_quadratic(query, key, value, out, *options)
         else:
             state = forward_state(key, value, feature_map, normalizer, scale)
-            _apply(query, out, state, *options)
+            _apply(query, out, state, way == "wide", *options)
     return out

@@ -37,6 +37,7 @@ def _linear_attention_fwd_moments_kernel(
     program sums its range of tokens. FINAL, for one split: finished state and rows, as the reduce
     kernel writes them. Else the first split also writes the shifts; the first block writes z."""
     BLOCKS: tl.constexpr = (E + EB - 1) // EB
+    FOLD: tl.constexpr = SUM_K and E == EB and E1 > 0 and E0 + E1 >= E + 2
     row = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
     split = tl.program_id(1)
@@ -63,7 +64,7 @@ def _linear_attention_fwd_moments_kernel(
     s00, s01, s10, s11, z0, z1, a0, a1 = moments(
         p_k, p_v, p_weight, p_gain, k_sn * VECTOR, v_sn * VECTOR, start, stop,
         ck0, ck1, cv0, cv1, D, D0, D1, columns, E0, E1, FEATURE, CENTRED, WEIGHTED,
-        SUM_K, SUM_V, WIDE, BLOCK,
+        SUM_K, SUM_V, FOLD, WIDE, BLOCK,
     )  # fmt: skip
     if FINAL:
         if CENTRED:
