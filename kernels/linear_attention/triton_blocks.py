@@ -97,25 +97,37 @@ def store_vector(p_x, first, values, COLUMNS, WIDTH: tl.constexpr):
 
 @triton.jit
 def shift_of(p_x, stride, count, column, COLUMNS, WIDTH: tl.constexpr, FEATURE: tl.constexpr):
-    """What to subtract from a channel before a covariance is summed: about its mean, or zero.
-
-    Near the mean is all that accuracy needs, so the first rows tell. Half types are shifted only
-    where the mean is large beside the deviations, by a number of their own: such differences are
-    exact, while those of small numbers would be rounded with a bias that adds up over tokens.
-    """
-    DTYPE: tl.constexpr = p_x.dtype.element_ty
+    """Mean of phi over the first rows: near the mean of all, which is all that centring needs."""
     o_n = tl.arange(0, 16)
     m_n = o_n < count
     x = load_tile(p_x, o_n.to(tl.int64) * stride, m_n, column, COLUMNS, WIDTH)
     x = tl.where(m_n[:, None], feature(x, FEATURE).to(tl.float32), 0.0)
-    number = tl.minimum(count, 16).to(tl.float32)
-    mean = tl.sum(x, 0) / number
-    if DTYPE != tl.float32:
-        mean = mean.to(DTYPE).to(tl.float32)
-        deviation = tl.where(m_n[:, None], x - mean[None, :], 0.0)
-        variance = tl.sum(deviation * deviation, 0) / number
-        mean = tl.where(mean * mean > 4 * variance, mean, 0.0)
-    return mean
+    return tl.sum(x, 0) / tl.minimum(count, 16).to(tl.float32)
+
+
+@triton.jit
+def shifts_of(
+    p_x, stride, count, COLUMNS, W0: tl.constexpr, W1: tl.constexpr, FEATURE: tl.constexpr
+):
+    """Both parts of the shift of phi(k). A covariance needs only one side centred. float32 centres
+    the other too (`value_shifts_of`); halves leave v as it is: its sum must be exact, and half
+    differences are rounded with a bias that adds up over tokens."""
+    x1 = 0.0
+    x0 = shift_of(p_x, stride, count, 0, COLUMNS, W0, FEATURE)
+    if W1 > 0:
+        x1 = shift_of(p_x, stride, count, W0, COLUMNS, W1, FEATURE)
+    return x0, x1
+
+
+@triton.jit
+def value_shifts_of(p_x, stride, count, COLUMNS, W0: tl.constexpr, W1: tl.constexpr):
+    x0 = tl.zeros((W0,), tl.float32)
+    x1 = 0.0
+    if W1 > 0:
+        x1 = tl.zeros((W1,), tl.float32)
+    if p_x.dtype.element_ty == tl.float32:
+        x0, x1 = shifts_of(p_x, stride, count, COLUMNS, W0, W1, "identity")
+    return x0, x1
 
 
 @triton.jit
@@ -267,7 +279,7 @@ def moments(
     """Sums over the tokens start <= j < stop, all float32:
 
     S^T = sum (v_j - cv) x_j^T, z = sum g_j x_j, a = sum (v_j - cv) with x_j = w_j phi(k_j) - ck;
-    c = 0 unless CENTRED, w = g = 1 unless WEIGHTED.
+    c = 0 unless CENTRED, cv = 0 for halves, w = g = 1 unless WEIGHTED.
     """
     DTYPE: tl.constexpr = tl.float32 if WIDE and (CENTRED or WEIGHTED) else p_k.dtype.element_ty
     PRECISION: tl.constexpr = "tf32" if WIDE else "ieee"
@@ -286,13 +298,14 @@ def moments(
         if E1 > 0:
             v1 = load_tile(p_v, o_v, m_n, E0, E, E1)
         if CENTRED:
-            # Masked rows are not zero any more, on the side of v they must be.
+            # Masked rows are not zero any more; on the side of v they must be.
             k0 = k0.to(tl.float32) - ck0[None, :]
-            v0 = tl.where(m_n[:, None], v0.to(tl.float32) - cv0[None, :], 0.0)
             if D1 > 0:
                 k1 = k1.to(tl.float32) - ck1[None, :]
-            if E1 > 0:
-                v1 = tl.where(m_n[:, None], v1.to(tl.float32) - cv1[None, :], 0.0)
+            if p_k.dtype.element_ty == tl.float32:
+                v0 = tl.where(m_n[:, None], v0 - cv0[None, :], 0.0)
+                if E1 > 0:
+                    v1 = tl.where(m_n[:, None], v1 - cv1[None, :], 0.0)
         if WEIGHTED:
             weight = tl.load(p_weight + o_n, mask=m_n, other=0.0)
             gain = tl.load(p_gain + o_n, mask=m_n, other=0.0)
@@ -366,17 +379,6 @@ def store_vectors(p_x, x0, x1, COLUMNS, W0: tl.constexpr, W1: tl.constexpr):
     store_vector(p_x, 0, x0, COLUMNS, W0)
     if W1 > 0:
         store_vector(p_x, W0, x1, COLUMNS, W1)
-
-
-@triton.jit
-def shifts_of(
-    p_x, stride, count, COLUMNS, W0: tl.constexpr, W1: tl.constexpr, FEATURE: tl.constexpr
-):
-    x1 = 0.0
-    x0 = shift_of(p_x, stride, count, 0, COLUMNS, W0, FEATURE)
-    if W1 > 0:
-        x1 = shift_of(p_x, stride, count, W0, COLUMNS, W1, FEATURE)
-    return x0, x1
 
 
 @triton.jit

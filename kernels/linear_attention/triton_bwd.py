@@ -43,6 +43,7 @@ from .triton_blocks import (
     store_tile,
     store_vectors,
     sum_rows,
+    value_shifts_of,
 )
 from .triton_bwd_wide import key_side_wide, query_side_wide
 from .triton_state import State, empty_parts, forward_state, reduce_parts
@@ -308,7 +309,7 @@ def _linear_attention_bwd_fused_kernel(
     ck0, ck1, cv0, cv1 = 0.0, 0.0, 0.0, 0.0
     if CENTRED:
         ck0, ck1 = shifts_of(p_k, k_sn * VECTOR, num_keys, D, D0, D1, FEATURE)
-        cv0, cv1 = shifts_of(p_v, v_sn * VECTOR, num_keys, E, E0, E1, "identity")
+        cv0, cv1 = value_shifts_of(p_v, v_sn * VECTOR, num_keys, E, E0, E1)
     s00, s01, s10, s11, z0, z1, a0, a1 = moments(
         p_k, p_v, p_k, p_k, k_sn * VECTOR, v_sn * VECTOR, 0, num_keys, ck0, ck1, cv0, cv1,
         D, D0, D1, E, E0, E1, FEATURE, CENTRED, False,

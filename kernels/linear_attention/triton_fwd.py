@@ -30,6 +30,7 @@ from .triton_blocks import (
     scale_cast,
     shifts_of,
     store_tile,
+    value_shifts_of,
 )
 from .triton_quadratic import attend_quadratic
 from .triton_state import State, forward_state
@@ -101,7 +102,7 @@ def _linear_attention_fwd_fused_kernel(
     ck0, ck1, b0, b1 = 0.0, 0.0, 0.0, 0.0
     if CENTRED:
         ck0, ck1 = shifts_of(p_k, k_sn * VECTOR, num_keys, D, D0, D1, FEATURE)
-        b0, b1 = shifts_of(p_v, v_sn * VECTOR, num_keys, E, E0, E1, "identity")
+        b0, b1 = value_shifts_of(p_v, v_sn * VECTOR, num_keys, E, E0, E1)
     s00, s01, s10, s11, z0, z1, a0, a1 = moments(
         p_k, p_v, p_k, p_k, k_sn * VECTOR, v_sn * VECTOR, 0, num_keys, ck0, ck1, b0, b1,
         D, D0, D1, E, E0, E1, FEATURE, CENTRED, False,

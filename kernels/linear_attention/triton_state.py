@@ -18,6 +18,7 @@ from .triton_blocks import (
     store_state,
     store_vector,
     store_vectors,
+    value_shifts_of,
 )
 
 
@@ -58,7 +59,7 @@ def _linear_attention_fwd_moments_kernel(
     ck0, ck1, cv0, cv1 = 0.0, 0.0, 0.0, 0.0
     if CENTRED:
         ck0, ck1 = shifts_of(p_k, k_sn * VECTOR, num_tokens, D, D0, D1, FEATURE)
-        cv0, cv1 = shifts_of(p_v, v_sn * VECTOR, num_tokens, columns, E0, E1, "identity")
+        cv0, cv1 = value_shifts_of(p_v, v_sn * VECTOR, num_tokens, columns, E0, E1)
     start = split * tokens_per_split
     stop = tl.minimum(start + tokens_per_split, num_tokens)
     s00, s01, s10, s11, z0, z1, a0, a1 = moments(
