@@ -1,5 +1,7 @@
 """Depthwise token convolution: the kernel of the gradients of weights and bias."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,11 @@ def _sum_columns(x, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr, WARPS: tl.cons
     return tl.sum(tl.reshape(x, (BLOCK_X // WARPS, WARPS, BLOCK_C)), 0)
 
 
-@triton.jit(do_not_specialize=["height", "width", "x_sb", "g_sb", "rows_per_program"])
+@triton.jit(
+    do_not_specialize=[
+        "height", "width", "channels", "rows_per_program", "g_sb", "g_sn", "x_sb", "x_sn",
+    ]
+)  # fmt: skip
 def _token_conv2d_bwd_weight_kernel(
     p_g, p_x, p_part, height, width, channels, rows_per_program, g_sb, g_sn, x_sb, x_sn,
     SIZE: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr,
@@ -27,12 +33,15 @@ def _token_conv2d_bwd_weight_kernel(
     SIZE rows of g that a row of tokens meets wait in registers."""
     PAD: tl.constexpr = SIZE // 2
     batch = tl.program_id(2).to(tl.int64)
-    o_c = tl.max_contiguous(tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), VECTOR)
+    # As in the forward kernel: accesses of VECTOR channels, no wider.
+    g_sn = (g_sn * VECTOR).to(tl.int64)
+    x_sn = (x_sn * VECTOR).to(tl.int64)
+    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
     first = tl.program_id(1) * rows_per_program
     last = tl.minimum(first + rows_per_program, height)
-    p_g += batch * g_sb
-    p_x += batch * x_sb
+    p_g += batch * g_sb * VECTOR
+    p_x += batch * x_sb * VECTOR
     sums = ()
     for _ in tl.static_range(SIZE * SIZE + 1):
         sums = sums + (tl.zeros((WARPS, BLOCK_C), tl.float32),)  # noqa: RUF005
@@ -45,13 +54,13 @@ def _token_conv2d_bwd_weight_kernel(
             # waiting[i] is row y - PAD + i of g, the last one new.
             y_new = y + PAD
             m_new = tile_mask((y_new < last) & (o_x < width), m_c, WHOLE)
-            p_new = p_g + y_new.to(tl.int64) * width * g_sn
+            p_new = p_g + y_new * (width * g_sn)
             g = tl.load(p_new + o_x[:, None] * g_sn + o_c[None, :], mask=m_new, other=0.0)
             g = g.to(tl.float32)
             waiting = waiting[1:] + (g,)  # noqa: RUF005
             last_sum = sums[SIZE * SIZE] + _sum_columns(g, BLOCK_X, BLOCK_C, WARPS)
             m_y = (y >= 0) & (y < height)
-            p_row = p_x + y.to(tl.int64) * width * x_sn
+            p_row = p_x + y * (width * x_sn)
             rows = ()
             for dx in tl.static_range(SIZE):
                 o_in = o_x + (dx - PAD)
@@ -81,13 +90,15 @@ def token_conv2d_bwd_weight(
     rows = configs.rows_of(launch, programs * batch, height, tokens)
     ranges = triton.cdiv(height, rows)
     taps = size * size + 1
+    strides = [*d_out.stride()[:2], *tokens.stride()[:2]]
+    vector = math.gcd(launch.vector, channels, *strides)
     part = empty(batch, ranges, taps, channels, like=tokens, dtype=torch.float32)
     if part.numel() > 0:
         with device_guard(tokens):
             _token_conv2d_bwd_weight_kernel[(programs, ranges, batch)](
                 d_out, tokens, part, height, width, channels, rows,
-                d_out.stride(0), d_out.stride(1), tokens.stride(0), tokens.stride(1),
-                SIZE=size, BLOCK_X=launch.columns, BLOCK_C=launch.channels, VECTOR=launch.vector,
+                *(stride // vector for stride in strides),
+                SIZE=size, BLOCK_X=launch.columns, BLOCK_C=launch.channels, VECTOR=vector,
                 WHOLE=channels % launch.channels == 0, WARPS=launch.warps,
                 num_warps=launch.warps, num_stages=launch.stages,
             )  # fmt: skip

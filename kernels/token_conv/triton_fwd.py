@@ -1,5 +1,7 @@
 """Depthwise token convolution: the kernel of the output and of the gradient of the tokens."""
 
+import math
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,8 +31,10 @@ def load_taps(p_weight, o_c, m_c, SIZE: tl.constexpr, FLIPPED: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["height", "width", "x_sb", "w_sb", "r_sb", "rows_per_program"]
-)
+    do_not_specialize=[
+        "height", "width", "channels", "rows_per_program", "x_sb", "x_sn", "w_sb", "r_sb", "r_sn",
+    ]
+)  # fmt: skip
 def _token_conv2d_fwd_kernel(
     p_x, p_weight, p_bias, p_residual, p_o, height, width, channels, rows_per_program,
     x_sb, x_sn, w_sb, r_sb, r_sn,
@@ -44,16 +48,20 @@ def _token_conv2d_fwd_kernel(
     blocks = tl.cdiv(channels, BLOCK_C)
     block = tl.program_id(0) % blocks
     batch = tl.program_id(2).to(tl.int64)
-    # Narrow accesses: a thread then keeps the weights of few channels, which fit in registers.
-    o_c = tl.max_contiguous(block * BLOCK_C + tl.arange(0, BLOCK_C), VECTOR)
+    # Strides known as multiples of VECTOR and no more: accesses are that wide, and a thread keeps
+    # the weights of so few channels that they fit in its registers.
+    x_sn = (x_sn * VECTOR).to(tl.int64)
+    r_sn = (r_sn * VECTOR).to(tl.int64)
+    o_sn = ((channels // VECTOR) * VECTOR).to(tl.int64)
+    o_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
     o_x = (tl.program_id(0) // blocks) * BLOCK_X + tl.arange(0, BLOCK_X)
     m_o = tile_mask(o_x < width, m_c, WHOLE)
     first = tl.program_id(1) * rows_per_program
     last = tl.minimum(first + rows_per_program, height)
-    p_x += batch * x_sb
-    p_residual += batch * r_sb
-    p_o += batch * height * width * channels
+    p_x += batch * x_sb * VECTOR
+    p_residual += batch * r_sb * VECTOR
+    p_o += batch * height * width * o_sn
     taps = load_taps(p_weight + batch * w_sb, o_c, m_c, SIZE, FLIPPED)
     bias = tl.zeros((BLOCK_C,), tl.float32)
     if BIASED:
@@ -64,7 +72,7 @@ def _token_conv2d_fwd_kernel(
         waiting = waiting + (tl.zeros((BLOCK_X, BLOCK_C), tl.float32),)  # noqa: RUF005
     for y in range(first - PAD, last + PAD):
         m_y = (y >= 0) & (y < height)
-        p_row = p_x + y.to(tl.int64) * width * x_sn
+        p_row = p_x + y * (width * x_sn)
         for dx in tl.static_range(SIZE):
             o_in = o_x + (dx - PAD)
             mask = tile_mask(m_y & (o_in >= 0) & (o_in < width), m_c, WHOLE)
@@ -77,14 +85,13 @@ def _token_conv2d_fwd_kernel(
             waiting = added
         done = y - PAD
         if done >= first:
-            o_row = (done.to(tl.int64) * width) * channels
-            o_out = o_x[:, None] * channels + o_c[None, :]
+            o_out = o_x[:, None] * o_sn + o_c[None, :]
             out = waiting[0] + bias[None, :]
             if RESIDUAL:
-                p_r = p_residual + done.to(tl.int64) * width * r_sn
+                p_r = p_residual + done * (width * r_sn)
                 o_r = o_x[:, None] * r_sn + o_c[None, :]
                 out += tl.load(p_r + o_r, mask=m_o, other=0.0).to(tl.float32)
-            tl.store(p_o + o_row + o_out, out.to(p_o.dtype.element_ty), mask=m_o)
+            tl.store(p_o + done * (width * o_sn) + o_out, out.to(p_o.dtype.element_ty), mask=m_o)
         waiting = waiting[1:] + (tl.zeros((BLOCK_X, BLOCK_C), tl.float32),)  # noqa: RUF005
 
 
@@ -105,15 +112,16 @@ def convolve(
     tiles = triton.cdiv(width, launch.columns)
     programs = triton.cdiv(channels, launch.channels) * tiles
     rows = configs.rows_of(launch, programs * batch, height, tokens)
+    strides = [*tokens.stride()[:2], *(residual.stride()[:2] if residual is not None else (0, 0))]
+    vector = math.gcd(launch.vector, channels, *strides)
+    x_sb, x_sn, r_sb, r_sn = (stride // vector for stride in strides)
     with device_guard(tokens):
         _token_conv2d_fwd_kernel[(programs, triton.cdiv(height, rows), batch)](
             tokens, weight, weight if bias is None else bias.contiguous(),
             tokens if residual is None else residual, out, height, width, channels, rows,
-            tokens.stride(0), tokens.stride(1), weight.stride(0) if weight.ndim == 4 else 0,
-            0 if residual is None else residual.stride(0),
-            0 if residual is None else residual.stride(1),
+            x_sb, x_sn, weight.stride(0) if weight.ndim == 4 else 0, r_sb, r_sn,
             SIZE=size, BIASED=bias is not None, RESIDUAL=residual is not None, FLIPPED=flipped,
-            BLOCK_X=launch.columns, BLOCK_C=launch.channels, VECTOR=launch.vector,
+            BLOCK_X=launch.columns, BLOCK_C=launch.channels, VECTOR=vector,
             WHOLE=channels % launch.channels == 0,
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
