@@ -139,12 +139,14 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def parts_of(width: int) -> tuple[int, int]:
-    """Two powers of two that together hold `width` channels, each a size that a dot takes."""
+def parts_of(width: int, side: str) -> tuple[int, int]:
+    """Two powers of two that together hold `width` channels of the `side` d or e of a state, each a
+    size that a dot takes."""
     whole = max(16, _power_of_two(width))
     first = whole // 2
     rest = max(16, _power_of_two(width - first)) if width > first else 0
-    return (first, rest) if first >= 16 and first + rest < whole else (whole, 0)
+    parts = (first, rest) if first >= 16 and first + rest < whole else (whole, 0)
+    return pin_or(f"{side}_parts", parts)
 
 
 def value_block(head_dim: int, value_dim: int, element_size: int) -> int:
@@ -171,7 +173,7 @@ def way_of(name: str, query: Tensor, key: Tensor, value: Tensor) -> str:
     waves = batch * heads / multiprocessors(query)
     if width > MAX_NARROW_DIM:
         # Three launches and a state in memory cost more than some more products.
-        short = num_keys <= max(256, head_dim) and query.element_size() == 2
+        short = num_keys <= max(256, head_dim) and query.element_size() == 2 and False
         way = "quadratic" if name == "fwd" and short else "wide"
     elif waves >= 2.5 or max(num_queries, num_keys) <= 256:
         # Few heads leave processors idle, which only a short run of tokens forgives.

@@ -353,8 +353,8 @@ def _linear_attention_bwd_fused_kernel(
 
 
 def _shape_arguments(query: Tensor, value: Tensor, feature_map: str, normalizer: str) -> dict:
-    d0, d1 = configs.parts_of(query.shape[3])
-    e0, e1 = configs.parts_of(value.shape[3])
+    d0, d1 = configs.parts_of(query.shape[3], "d")
+    e0, e1 = configs.parts_of(value.shape[3], "e")
     return {
         "D": query.shape[3], "D0": d0, "D1": d1, "E": value.shape[3], "E0": e0, "E1": e1,
         "FEATURE": configs.kernel_feature(feature_map, query), "NORMALIZER": normalizer,
