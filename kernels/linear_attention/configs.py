@@ -4,6 +4,7 @@ Keys: (architecture, bytes of an element, width = larger of D and E, rounded up)
 is never one. Unlisted architectures take the row of architecture 0, which fits small memories.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,27 +34,24 @@ FWD_FUSED: Table = {
     (0, 2, 64): Launch(64, 4, 2),
     (0, 2, 128): Launch(64, 8, 2),
     (0, 4, 128): Launch(32, 8, 1),
-    (90, 2, 32): Launch(32, 1, 3),
-    (90, 2, 64): Launch(128, 4, 2),
-    (90, 2, 96): Launch(64, 4, 2),
+    (90, 2, 32): Launch(64, 1, 1),
+    (90, 2, 64): Launch(128, 4, 1),
+    (90, 2, 96): Launch(64, 4, 1),
     (90, 2, 128): Launch(64, 8, 3),
+    (90, 2, 192): Launch(64, 8, 2),
 }
 FWD_MOMENTS: Table = {
     (0, 2, 64): Launch(64, 4, 2),
     (0, 2, 320): Launch(32, 8, 2),
     (0, 4, 320): Launch(16, 8, 1),
-    (90, 2, 64): Launch(64, 4, 4),
-    (90, 2, 96): Launch(64, 4, 3),
-    (90, 2, 128): Launch(64, 8, 4),
+    (90, 2, 128): Launch(64, 4, 3),
     (90, 2, 320): Launch(64, 8, 3),
 }
 FWD_APPLY: Table = {
     (0, 2, 64): Launch(64, 4, 2),
     (0, 2, 128): Launch(64, 8, 2),
     (0, 4, 128): Launch(32, 8, 1),
-    (90, 2, 64): Launch(64, 4, 3),
-    (90, 2, 96): Launch(64, 4, 3),
-    (90, 2, 128): Launch(64, 8, 3),
+    (90, 2, 128): Launch(64, 4, 3),
 }
 FWD_APPLY_WIDE: Table = {
     (0, 2, 320): Launch(64, 8, 2, 32),
@@ -71,16 +69,17 @@ BWD_FUSED: Table = {
     (0, 2, 64): Launch(64, 4, 1),
     (0, 2, 128): Launch(32, 8, 1),
     (0, 4, 128): Launch(16, 8, 1),
-    (90, 2, 32): Launch(64, 4, 2),
+    (90, 2, 32): Launch(32, 1, 1),
     (90, 2, 64): Launch(64, 4, 2),
-    (90, 2, 128): Launch(64, 8, 1),
+    (90, 2, 128): Launch(32, 8, 1),
 }
 BWD_QUERIES: Table = {
     (0, 2, 64): Launch(64, 4, 1),
     (0, 2, 128): Launch(32, 8, 1),
     (0, 4, 128): Launch(16, 8, 1),
     (90, 2, 64): Launch(64, 4, 2),
-    (90, 2, 128): Launch(64, 8, 1),
+    (90, 2, 96): Launch(64, 8, 1),
+    (90, 2, 128): Launch(32, 8, 2),
 }
 BWD_KEYS: Table = {
     (0, 2, 64): Launch(64, 4, 1),
@@ -139,14 +138,18 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def parts_of(width: int, side: str) -> tuple[int, int]:
+# Kernels that hold this side of a state whole where that wastes less than a second part costs.
+_WHOLE = {("fwd_moments", "d"), ("bwd_keys", "d"), ("bwd_keys", "e")}
+
+
+def parts_of(width: int, side: str, kernel: str) -> tuple[int, int]:
     """Two powers of two that together hold `width` channels of the `side` d or e of a state, each a
     size that a dot takes."""
     whole = max(16, _power_of_two(width))
     first = whole // 2
     rest = max(16, _power_of_two(width - first)) if width > first else 0
-    parts = (first, rest) if first >= 16 and first + rest < whole else (whole, 0)
-    return pin_or(f"{side}_parts", parts)
+    one = first < 16 or first + rest >= whole or (width <= 128 and (kernel, side) in _WHOLE)
+    return pin_or(f"{kernel}_{side}_parts", (whole, 0) if one else (first, rest))
 
 
 def value_block(head_dim: int, value_dim: int, element_size: int) -> int:
@@ -156,6 +159,7 @@ def value_block(head_dim: int, value_dim: int, element_size: int) -> int:
         limit = 128 if head_dim > 192 and value_dim % 96 else 96
     if element_size == 4:
         limit = min(limit, 64)
+    limit = pin_or("value_columns", limit)
     if value_dim <= limit:
         return value_dim
     fewest = -(-value_dim // limit)
@@ -183,12 +187,10 @@ def way_of(name: str, query: Tensor, key: Tensor, value: Tensor) -> str:
     return pin_or(f"{name}_way", way)
 
 
-def splits_of(
-    tokens: int, programs: int, tensor: Tensor, launch: Launch, head_dim: int
-) -> tuple[int, int]:
-    """How many ranges of how many tokens, to fill the device with what runs at once on it."""
-    resident = 4 if head_dim <= 64 else 2 if head_dim <= MAX_NARROW_DIM else 1
-    wanted = round(resident * multiprocessors(tensor) / max(programs, 1))
+def splits_of(tokens: int, programs: int, tensor: Tensor, launch: Launch) -> tuple[int, int]:
+    """How many ranges of how many tokens: about two programs a multiprocessor, since more would
+    only write more partial states."""
+    wanted = math.ceil(1.9 * multiprocessors(tensor) / max(programs, 1))
     most = max(1, tokens // (4 * launch.block))
     splits = pin_or("splits", max(1, min(wanted, most)))
     blocks = -(-tokens // launch.block)

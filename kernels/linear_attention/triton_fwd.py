@@ -212,8 +212,8 @@ def _fused(
     batch, num_queries, heads, head_dim = query.shape
     value_dim = value.shape[3]
     launch = configs.launch_of("fwd_fused", query, max(head_dim, value_dim))
-    d0, d1 = configs.parts_of(head_dim, "d")
-    e0, e1 = configs.parts_of(value_dim, "e")
+    d0, d1 = configs.parts_of(head_dim, "d", "fwd_fused")
+    e0, e1 = configs.parts_of(value_dim, "e", "fwd_fused")
     vector = common_vector(query, key, value, out)
     _linear_attention_fwd_fused_kernel[(batch * heads,)](
         query, key, value, out, num_queries, key.shape[1], heads, scale, eps,
@@ -232,7 +232,7 @@ def _apply(
     batch, num_queries, heads, head_dim = query.shape
     value_dim = out.shape[3]
     rows = batch * heads
-    e0, e1 = configs.parts_of(value_dim, "e")
+    e0, e1 = configs.parts_of(value_dim, "e", "fwd_apply")
     vector = common_vector(query, out)
     common = {
         "D": head_dim, "E": value_dim, "E0": e0, "E1": e1,
@@ -249,8 +249,8 @@ def _apply(
         )  # fmt: skip
         return
     launch = configs.launch_of("fwd_apply", query, max(head_dim, value_dim))
-    d0, d1 = configs.parts_of(head_dim, "d")
-    ranges, share = configs.splits_of(num_queries, rows, query, launch, head_dim)
+    d0, d1 = configs.parts_of(head_dim, "d", "fwd_apply")
+    ranges, share = configs.splits_of(num_queries, rows, query, launch)
     _linear_attention_fwd_apply_kernel[(rows * ranges,)](
         query, out, *state, num_queries, share, rows, heads, scale, eps, *strides, **common,
         D0=d0, D1=d1, BLOCK=launch.block, num_warps=launch.warps, num_stages=launch.stages,

@@ -137,8 +137,8 @@ def attend_quadratic(
     batch, num_queries, heads, head_dim = query.shape
     value_dim = value.shape[3]
     launch = configs.launch_of("fwd_quadratic", query, max(head_dim, value_dim))
-    d0, d1 = configs.parts_of(head_dim, "d")
-    e0, e1 = configs.parts_of(value_dim, "e")
+    d0, d1 = configs.parts_of(head_dim, "d", "fwd_quadratic")
+    e0, e1 = configs.parts_of(value_dim, "e", "fwd_quadratic")
     vector = common_vector(query, key, value, out)
     tiles = triton.cdiv(num_queries, launch.block)
     _linear_attention_fwd_quadratic_kernel[(batch * heads * tiles,)](

@@ -211,10 +211,10 @@ def sweep(
     rows = batch * heads
     launch = configs.launch_of("fwd_moments", key, max(head_dim, min(value_dim, 128)))
     columns = configs.value_block(head_dim, value_dim, key.element_size())
-    d0, d1 = configs.parts_of(head_dim, "d")
-    e0, e1 = configs.parts_of(columns, "e")
+    d0, d1 = configs.parts_of(head_dim, "d", "fwd_moments")
+    e0, e1 = configs.parts_of(columns, "e", "fwd_moments")
     blocks = triton.cdiv(value_dim, columns)
-    splits, share = configs.splits_of(tokens, rows * blocks, key, launch, head_dim)
+    splits, share = configs.splits_of(tokens, rows * blocks, key, launch)
     sums = {"sum_k": sum_k, "sum_v": sum_v, "centred": centred}
     if splits == 1:
         state = empty_state(rows, head_dim, value_dim, key)
