@@ -126,9 +126,7 @@ def _query_sweep(
             f0, f1, g0, g1, gains, d00, d01, d10, d11, dz0, dz1, b0, b1,
             D1, E1, OWN, SUM_V, PRECISION,
         )  # fmt: skip
-    dz0, dz1, b0, b1 = sum_rows(
-        d10, d11, dz0, dz1, b0, b1, E - E0, D1, E1, FOLD, RATIO, SUM_V
-    )
+    dz0, dz1, b0, b1 = sum_rows(d10, d11, dz0, dz1, b0, b1, E - E0, D1, E1, FOLD, RATIO, SUM_V)
     return d00, d01, d10, d11, dz0, dz1, b0, b1
 
 

@@ -24,7 +24,9 @@ from .triton_blocks import (
 from .triton_state import State, sweep
 
 
-@triton.jit(do_not_specialize=["num_queries", "rows", "heads", "scale", "eps", "do_sb", "q_sb", "dq_sb"])
+@triton.jit(
+    do_not_specialize=["num_queries", "rows", "heads", "scale", "eps", "do_sb", "q_sb", "dq_sb"]
+)
 def _linear_attention_bwd_dq_wide_kernel(
     p_do, p_q, p_dq, p_state, p_key_row, p_weight, p_gain, num_queries, rows, heads, scale, eps,
     do_sb, do_sn, do_sh, q_sb, q_sn, q_sh, dq_sb, dq_sn, dq_sh,

@@ -1,7 +1,7 @@
 """Forward kernels of linear attention and their launchers.
 
-Three ways, which `configs.py` chooses between: one launch in which a program owns the state of one
-head; a sweep over the keys, then one over the queries, both split; or the quadratic order.
+Two ways, which `configs.py` chooses between: one launch in which a program owns the state of one
+head, or a sweep over the keys, then one over the queries, both split.
 """
 
 import torch
@@ -32,7 +32,6 @@ from .triton_blocks import (
     store_tile,
     value_shifts_of,
 )
-from .triton_quadratic import attend_quadratic
 from .triton_state import State, forward_state
 
 
@@ -162,9 +161,7 @@ def _linear_attention_fwd_apply_kernel(
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=["num_queries", "rows", "heads", "scale", "eps", "q_sb", "o_sb"]
-)
+@triton.jit(do_not_specialize=["num_queries", "rows", "heads", "scale", "eps", "q_sb", "o_sb"])
 def _linear_attention_fwd_apply_wide_kernel(
     p_q, p_o, p_state, p_key_row, p_value_row, num_queries, rows, heads, scale, eps,
     q_sb, q_sn, q_sh, o_sb, o_sn, o_sh,
@@ -273,8 +270,6 @@ def linear_attention_fwd(
         way = configs.way_of("fwd", query, key, value)
         if way == "fused":
             _fused(query, key, value, out, *options)
-        elif way == "quadratic":
-            attend_quadratic(query, key, value, out, *options)
         else:
             state = forward_state(key, value, feature_map, normalizer, scale)
             _apply(query, out, state, way == "wide", *options)

@@ -69,9 +69,7 @@ def _linear_attention_fwd_moments_kernel(
     )  # fmt: skip
     if FINAL:
         if CENTRED:
-            s00, s01, s10, s11 = centre(
-                s00, s01, s10, s11, z0, z1, a0, a1, count, D1, E1
-            )
+            s00, s01, s10, s11 = centre(s00, s01, s10, s11, z0, z1, a0, a1, count, D1, E1)
             z0 = ck0 + z0 / count
             if D1 > 0:
                 z1 = ck1 + z1 / count
@@ -176,7 +174,14 @@ def empty_parts(splits: int, rows: int, head_dim: int, value_dim: int, like: Ten
 
 
 def reduce_parts(
-    parts: Parts, like: Tensor, *, factor: float, count: int, centred: bool, sum_k: bool, sum_v: bool
+    parts: Parts,
+    like: Tensor,
+    *,
+    factor: float,
+    count: int,
+    centred: bool,
+    sum_k: bool,
+    sum_v: bool,
 ) -> State:
     """The finished state; see the kernel."""
     splits, rows, value_dim, head_dim = parts.matrix.shape
