@@ -224,7 +224,8 @@ GOOD = torch.zeros(2, 5, 3, 8)
             "`impl` must not be 'triton' .* kernels take float16, .*, got torch.float64",
         ),
         (
-            {"impl": "triton"} | dict.fromkeys(("query", "key", "value"), torch.zeros(1, 1, 1, 321)),
+            {"impl": "triton"}
+            | dict.fromkeys(("query", "key", "value"), torch.zeros(1, 1, 1, 321)),
             NotImplementedError,
             "`impl` must not be 'triton' .* take 1 to 320 head channels, got 321",
         ),

@@ -16,7 +16,7 @@ from lintra.kernels.linear_attention.reference import FEATURE_MAPS, NORMALIZERS
 pytestmark = on_gpu_or_interpreted
 __all__ = ["poisoned"]
 
-WAYS = ["fused", "split", "wide", "quadratic"]
+WAYS = ["fused", "split", "wide"]
 
 
 def inputs_of(shape, dtype=torch.float32, num_keys=None, value_dim=None, mean=0.0):
@@ -27,16 +27,13 @@ def inputs_of(shape, dtype=torch.float32, num_keys=None, value_dim=None, mean=0.
         tensors = list(qkv.unbind(2))
     else:
         sizes = [(length, dim), (num_keys or length, dim), (num_keys or length, value_dim or dim)]
-        tensors = [
-            (torch.randn(batch, n, heads, d) + mean).to(DEVICE, dtype) for n, d in sizes
-        ]
+        tensors = [(torch.randn(batch, n, heads, d) + mean).to(DEVICE, dtype) for n, d in sizes]
     d_out = torch.randn(batch, length, heads, tensors[2].shape[3]).to(DEVICE, dtype)
     return tensors, d_out
 
 
 def compare(tensors, d_out, way, splits=2, **options):
-    ways = {"fwd_way": way, "bwd_way": "wide" if way == "quadratic" else way}
-    with pinned(splits=splits, **ways):
+    with pinned(splits=splits, fwd_way=way, bwd_way=way):
         assert_three_way(
             lambda *x: linear_attention(*x, impl="triton", **options),
             lambda *x: linear_attention(*x, impl="reference", **options),
@@ -69,8 +66,7 @@ def test_views_of_a_fused_projection(shape, normalizer):
 @pytest.mark.parametrize("dims", [(192, 96), (288, 17)], ids=str)
 def test_wide_heads(dims):
     tensors, d_out = inputs_of((1, 5, 1, dims[0]), num_keys=20, value_dim=dims[1])
-    for way in ("wide", "quadratic"):
-        compare(tensors, d_out, way)
+    compare(tensors, d_out, "wide")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -138,7 +134,10 @@ def test_meta_tensors_have_shapes_only():
 def test_compiles_once_for_all_lengths():
     counter = CompileCounterWithBackend("aot_eager")
     function = torch.compile(
-        lambda *x: linear_attention(*x, impl="triton"), fullgraph=True, dynamic=True, backend=counter
+        lambda *x: linear_attention(*x, impl="triton"),
+        fullgraph=True,
+        dynamic=True,
+        backend=counter,
     )
     counts = []
     for length in (9, 20, 33):

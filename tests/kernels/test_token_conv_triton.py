@@ -74,9 +74,7 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(ops.token_conv2d_fwd.default, (tokens, weight, bias, residual, 3, 4))
     torch.library.opcheck(ops.token_conv2d_fwd.default, (tokens, weight, None, None, 3, 4))
     torch.library.opcheck(ops.token_conv2d_bwd_tokens.default, (d_out, weight, 3, 4))
-    torch.library.opcheck(
-        ops.token_conv2d_bwd_weight.default, (d_out, tokens, 3, True, 3, 4)
-    )
+    torch.library.opcheck(ops.token_conv2d_bwd_weight.default, (d_out, tokens, 3, True, 3, 4))
 
 
 def test_meta_tensors_have_shapes_only():
