@@ -13,7 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sample": ("lintra.tools.sample", "draw a grid of images from a pipeline folder"),
     "evaluate": ("lintra.tools.evaluate", "compare a pipeline's images with real ones"),
     "train-backbone": ("lintra.tools.train_backbone", "train a vision backbone"),
-    "convert": ("lintra.tools.convert", "official checkpoints for timm"),
+    "convert": ("lintra.tools.convert", "official checkpoints for timm and diffusers"),
     "demo": ("lintra.tools.demo", "teacher, distilled LiT and two controls on digits"),
 }
 
