@@ -38,15 +38,16 @@ def _attention_inputs(sizes: tuple[int, ...], device: str, dtype: torch.dtype) -
 
 
 def _softmax(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
-    return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def _attention(feature_map: str, normalizer: str) -> Operation:
     def run(impl: str) -> Function:
         def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            options = {"feature_map": feature_map, "normalizer": normalizer, "impl": impl}
-            return linear_attention(query, key, value, **options)
+            return linear_attention(
+                query, key, value, feature_map=feature_map, normalizer=normalizer, impl=impl
+            )
 
         return function
 
@@ -92,13 +93,15 @@ def _convolution(size: int) -> Operation:
         )  # fmt: skip
         return [torch.randn(shape, device=device, dtype=dtype) for shape in shapes]
 
-    def run(impl: str, grid: tuple[int, int]) -> Function:
+    def run(impl: str, grid: tuple[int, ...]) -> Function:
         def function(tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-            return token_conv2d(tokens, weight, bias, grid=grid, residual=residual, impl=impl)
+            return token_conv2d(
+                tokens, weight, bias, grid=(grid[0], grid[1]), residual=residual, impl=impl
+            )
 
         return function
 
-    def library(grid: tuple[int, int]) -> Function:
+    def library(grid: tuple[int, ...]) -> Function:
         """PyTorch's convolution in the dtype of the tokens, channels last: cuDNN on a GPU."""
 
         def function(tokens: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
