@@ -1,4 +1,4 @@
-"""How a kernel is compared with its reference: in every output and gradient, by the three-way rule."""
+"""How a kernel is compared with its reference: every result, by the three-way rule."""
 
 import os
 from collections.abc import Callable, Sequence

@@ -1,23 +1,26 @@
-"""A switch that pins launch settings: for tests, for benchmarks and to tell tuning from mathematics.
+"""A switch that pins launch settings: for tests, benchmarks, and to tell tuning from mathematics.
 
 The tables in `configs.py` give one setting a key, so that nothing is tuned while a program runs;
 inside `pinned(name=setting)` that setting is taken instead, in this thread or task.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import TypeVar
 
 Setting = TypeVar("Setting")
 
-_PINS: ContextVar[dict[str, object]] = ContextVar("lintra_pinned_launches", default={})
+_PINS: ContextVar[Mapping[str, object]] = ContextVar(
+    "lintra_pinned_launches", default=MappingProxyType({})
+)
 
 
 @contextmanager
 def pinned(**settings: object) -> Iterator[None]:
     """Pins, for each kernel name, the setting that its table would have chosen."""
-    token = _PINS.set(_PINS.get() | settings)
+    token = _PINS.set({**_PINS.get(), **settings})
     try:
         yield
     finally:

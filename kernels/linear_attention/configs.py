@@ -180,11 +180,8 @@ def way_of(name: str, query: Tensor, key: Tensor, value: Tensor) -> str:
         widest = MAX_FUSED_DIM
     elif name == "bwd" and query.element_size() == 2:
         widest = 64
-    if short and width <= widest:
-        way = "fused"
-    else:
-        way = "split" if width <= MAX_NARROW_DIM else "wide"
-    return pin_or(f"{name}_way", way)
+    around_a_state = "split" if width <= MAX_NARROW_DIM else "wide"
+    return pin_or(f"{name}_way", "fused" if short and width <= widest else around_a_state)
 
 
 def splits_of(tokens: int, programs: int, tensor: Tensor, launch: Launch) -> tuple[int, int]:

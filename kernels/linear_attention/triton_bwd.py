@@ -1,13 +1,13 @@
 """Backward kernels of linear attention and their launchers.
 
 The state is summed again, not saved: it costs two of nine reads and writes and leaves the forward
-pass one output. With t_i = do_i S^T, d_i = s phi(q_i) . z + eps, w_i = s / d_i, u_i = phi(q_i) . t_i:
+pass one output. With t_i = do_i S^T, w_i = s / (s phi(q_i) . z + eps), u_i = phi(q_i) . t_i:
 
-    ratio:       dphi(q_i) = w_i t_i - w_i^2 u_i z,  dS = sum_i phi(q_i)^T w_i do_i,
-                 dz = -sum_i w_i^2 u_i phi(q_i),     dphi(k_j) = v_j dS^T + dz,  dv_j = phi(k_j) dS
-    covariance:  dphi(q_i) = t_i (s / N in S),       dS = s / N sum_i phi(q_i)^T do_i,
-                 dphi(k_j) = (v_j - mean v) dS^T,    dv_j = (phi(k_j) - mean phi(k)) dS + sum_i do_i / N
-    none:        as ratio with w_i = s and no z.
+ratio: dphi(q_i) = w_i t_i - w_i^2 u_i z, dS = sum_i phi(q_i)^T w_i do_i,
+    dz = -sum_i w_i^2 u_i phi(q_i), dphi(k_j) = v_j dS^T + dz, dv_j = phi(k_j) dS
+covariance: dphi(q_i) = t_i (s / N in S), dS = s / N sum_i phi(q_i)^T do_i,
+    dphi(k_j) = (v_j - mean v) dS^T, dv_j = (phi(k_j) - mean phi(k)) dS + sum_i do_i / N
+none: as ratio with w_i = s and no z.
 """
 
 import torch

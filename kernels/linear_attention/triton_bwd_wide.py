@@ -34,8 +34,8 @@ def _linear_attention_bwd_dq_wide_kernel(
     FEATURE: tl.constexpr, NORMALIZER: tl.constexpr, WIDE: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Wide heads: dq, and for ratio the weights w_i and gains -w_i u_i of the sums over queries. Grid
-    (B * H * tiles): a program writes one tile of queries."""
+    """dq, and for ratio the weights w_i and gains -w_i u_i of the sums over queries. Grid
+    (B * H * tiles): a program streams the state past one tile of queries."""
     row = tl.program_id(0) % rows
     tile = tl.program_id(0) // rows
     batch = (row // heads).to(tl.int64)
@@ -92,7 +92,7 @@ def _linear_attention_bwd_dkv_wide_kernel(
     FEATURE: tl.constexpr, NORMALIZER: tl.constexpr, WIDE: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Wide heads: dk and dv from dS. Grid (B * H * tiles): a program writes one tile of keys and values."""
+    """dk and dv from dS. Grid (B * H * tiles): a program streams it past one tile of tokens."""
     CENTRED: tl.constexpr = NORMALIZER == "covariance"
     row = tl.program_id(0) % rows
     tile = tl.program_id(0) // rows
@@ -155,7 +155,8 @@ def query_side_wide(
         d_out, query, dq, state.matrix, state.key_row, weight, gain,
         num_queries, rows, heads, scale, eps, *strides_in_vectors(vector, d_out, query, dq),
         D=head_dim, D0=d0, D1=d1, E=value_dim,
-        FEATURE=configs.kernel_feature(feature_map, query), NORMALIZER=normalizer, WIDE=query.dtype == torch.float16,
+        FEATURE=configs.kernel_feature(feature_map, query), NORMALIZER=normalizer,
+        WIDE=query.dtype == torch.float16,
         VECTOR=vector, BLOCK=launch.block, BLOCK_R=launch.step,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
@@ -183,7 +184,8 @@ def key_side_wide(
         *tensors, *d_state, state.key_row, state.value_row, num_keys, rows, heads,
         *strides_in_vectors(vector, *tensors),
         D=head_dim, D0=d0, D1=d1, E=value_dim, E0=e0, E1=e1,
-        FEATURE=configs.kernel_feature(feature_map, key), NORMALIZER=normalizer, WIDE=key.dtype == torch.float16,
+        FEATURE=configs.kernel_feature(feature_map, key), NORMALIZER=normalizer,
+        WIDE=key.dtype == torch.float16,
         VECTOR=vector, BLOCK=launch.block, BLOCK_R=launch.step,
         num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The token convolution as PyTorch operators: schemas, shapes, gradients; triton comes when one runs."""
+"""The token convolution as PyTorch operators; triton comes when one runs."""
 
 from typing import Any
 
