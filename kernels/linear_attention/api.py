@@ -3,12 +3,20 @@
 from torch import Tensor
 
 from .._common.checks import IMPLEMENTATIONS, check_choice, check_shape, check_tensor
+from .._common.launch import takes_kernel, why_no_kernel
+from .configs import MAX_HEAD_DIM
+from .ops import linear_attention_triton
 from .reference import FEATURE_MAPS, NORMALIZERS, linear_attention_reference
 
 
 def why_not_triton(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """The reason why `impl="triton"` cannot run on these tensors, None if it can."""
-    return "its Triton kernel is not built yet"
+    reason = why_no_kernel(query)
+    if reason is None and not 1 <= query.shape[3] <= MAX_HEAD_DIM:
+        reason = f"its kernels take 1 to {MAX_HEAD_DIM} head channels, got {query.shape[3]}"
+    if reason is None and not 1 <= value.shape[3] <= MAX_HEAD_DIM:
+        reason = f"its kernels take 1 to {MAX_HEAD_DIM} value channels, got {value.shape[3]}"
+    return reason
 
 
 def linear_attention(
@@ -46,7 +54,9 @@ def linear_attention(
         normalizer: ``ratio``, ``covariance`` or ``none``.
         scale: multiplies phi(query); None means 1 for ratio and none, ``D ** -0.5`` for covariance.
         eps: added to the denominator of ``ratio``, in units of phi(q) . z; unused otherwise.
-        impl: ``auto``, ``reference`` (PyTorch, any device) or ``triton``.
+        impl: ``auto``, ``reference`` (PyTorch, any device) or ``triton``. ``auto`` takes the
+            Triton kernels on CUDA for float16, bfloat16 and float32 and up to 320 channels. They
+            differentiate once; under `torch.func` use ``reference``.
 
     Returns:
         ``(B, M, H, E)`` in ``query.dtype``. State and sums are float32 (float64 for float64
@@ -75,6 +85,8 @@ def linear_attention(
     reason = why_not_triton(query, key, value)
     if impl == "triton" and reason is not None:
         raise NotImplementedError(f"`impl` must not be 'triton' for linear_attention: {reason}")
-    return linear_attention_reference(
+    kernel = takes_kernel(impl, query, reason)
+    attend = linear_attention_triton if kernel else linear_attention_reference
+    return attend(
         query, key, value, feature_map=feature_map, normalizer=normalizer, scale=scale, eps=eps
     )

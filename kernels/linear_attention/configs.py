@@ -1,0 +1,199 @@
+"""Launch tables of linear attention: which way runs, and with which blocks.
+
+Keys: (architecture, bytes of an element, width = larger of D and E, rounded up); the token count
+is never one. Unlisted architectures take the row of architecture 0, which fits small memories.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .._common.launch import architecture, multiprocessors
+from .._common.pinning import pin_or
+
+MAX_HEAD_DIM = 320
+# Above this width one program cannot hold a state, its tiles and their sums.
+MAX_NARROW_DIM = 128
+
+
+@dataclass(frozen=True)
+class Launch:
+    """`block` tokens a tile, `step` channels a step of a reduction, software pipeline `stages`."""
+
+    block: int
+    warps: int
+    stages: int
+    step: int = 64
+
+
+Table = dict[tuple[int, int, int], Launch]
+
+FWD_FUSED: Table = {
+    (0, 2, 64): Launch(64, 4, 2),
+    (0, 2, 128): Launch(64, 8, 2),
+    (0, 4, 128): Launch(32, 8, 1),
+    (90, 2, 32): Launch(32, 1, 3),
+    (90, 2, 64): Launch(128, 4, 2),
+    (90, 2, 96): Launch(64, 4, 2),
+    (90, 2, 128): Launch(64, 8, 3),
+}
+FWD_MOMENTS: Table = {
+    (0, 2, 64): Launch(64, 4, 2),
+    (0, 2, 320): Launch(32, 8, 2),
+    (0, 4, 320): Launch(16, 8, 1),
+    (90, 2, 64): Launch(64, 4, 4),
+    (90, 2, 96): Launch(64, 4, 3),
+    (90, 2, 128): Launch(64, 8, 4),
+    (90, 2, 320): Launch(64, 8, 3),
+}
+FWD_APPLY: Table = {
+    (0, 2, 64): Launch(64, 4, 2),
+    (0, 2, 128): Launch(64, 8, 2),
+    (0, 4, 128): Launch(32, 8, 1),
+    (90, 2, 64): Launch(64, 4, 3),
+    (90, 2, 96): Launch(64, 4, 3),
+    (90, 2, 128): Launch(64, 8, 3),
+}
+FWD_APPLY_WIDE: Table = {
+    (0, 2, 320): Launch(64, 8, 2, 32),
+    (0, 4, 320): Launch(16, 8, 1, 16),
+    (90, 2, 320): Launch(128, 8, 3),
+}
+FWD_QUADRATIC: Table = {
+    (0, 2, 128): Launch(64, 4, 2, 64),
+    (0, 2, 320): Launch(64, 8, 1, 32),
+    (0, 4, 320): Launch(16, 8, 1, 16),
+    (90, 2, 128): Launch(64, 4, 2, 64),
+    (90, 2, 320): Launch(128, 8, 2, 32),
+}
+BWD_FUSED: Table = {
+    (0, 2, 64): Launch(64, 4, 1),
+    (0, 2, 128): Launch(32, 8, 1),
+    (0, 4, 128): Launch(16, 8, 1),
+    (90, 2, 32): Launch(64, 4, 2),
+    (90, 2, 64): Launch(64, 4, 2),
+    (90, 2, 128): Launch(64, 8, 1),
+}
+BWD_QUERIES: Table = {
+    (0, 2, 64): Launch(64, 4, 1),
+    (0, 2, 128): Launch(32, 8, 1),
+    (0, 4, 128): Launch(16, 8, 1),
+    (90, 2, 64): Launch(64, 4, 2),
+    (90, 2, 128): Launch(64, 8, 1),
+}
+BWD_KEYS: Table = {
+    (0, 2, 64): Launch(64, 4, 1),
+    (0, 2, 128): Launch(32, 8, 1),
+    (0, 4, 128): Launch(16, 8, 1),
+    (90, 2, 64): Launch(64, 4, 3),
+    (90, 2, 128): Launch(64, 8, 2),
+}
+BWD_DQ_WIDE: Table = {
+    (0, 2, 320): Launch(64, 8, 2, 32),
+    (0, 4, 320): Launch(16, 8, 1, 16),
+    (90, 2, 320): Launch(64, 8, 3),
+}
+BWD_DKV_WIDE: Table = {
+    (0, 2, 320): Launch(64, 8, 2, 32),
+    (0, 4, 320): Launch(16, 8, 1, 16),
+    (90, 2, 320): Launch(64, 8, 3),
+}
+TABLES: dict[str, Table] = {
+    "fwd_fused": FWD_FUSED,
+    "fwd_moments": FWD_MOMENTS,
+    "fwd_apply": FWD_APPLY,
+    "fwd_apply_wide": FWD_APPLY_WIDE,
+    "fwd_quadratic": FWD_QUADRATIC,
+    "bwd_fused": BWD_FUSED,
+    "bwd_queries": BWD_QUERIES,
+    "bwd_keys": BWD_KEYS,
+    "bwd_dq_wide": BWD_DQ_WIDE,
+    "bwd_dkv_wide": BWD_DKV_WIDE,
+}
+
+
+def launch_of(name: str, tensor: Tensor, width: int) -> Launch:
+    """The setting of the kernel `name` for tensors like this one and heads of `width` channels."""
+    table = TABLES[name]
+    size = tensor.element_size()
+    arch = architecture(tensor.get_device())
+    for key in (arch, 0):
+        rows = [row for row in table if row[0] == key and row[1] == size and row[2] >= width]
+        if rows:
+            launch = table[min(rows)]
+            if tensor.dtype == torch.float16 and width > 64:
+                # The state side of float16 is float32, twice the memory of bfloat16's.
+                launch = replace(launch, block=max(16, launch.block // 2), stages=1, step=32)
+            return pin_or(name, launch)
+    raise AssertionError(f"no launch of {name} for {tensor.dtype}, width {width}")
+
+
+def kernel_feature(feature_map: str, tensor: Tensor) -> str:
+    """The form of a feature map that the kernels take: NVIDIA's have a relu of two halves."""
+    packed = tensor.is_cuda and torch.version.hip is None and tensor.element_size() == 2
+    return "relu_packed" if feature_map == "relu" and packed else feature_map
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def parts_of(width: int) -> tuple[int, int]:
+    """Two powers of two that together hold `width` channels, each a size that a dot takes."""
+    whole = max(16, _power_of_two(width))
+    first = whole // 2
+    rest = max(16, _power_of_two(width - first)) if width > first else 0
+    return (first, rest) if first >= 16 and first + rest < whole else (whole, 0)
+
+
+def value_block(head_dim: int, value_dim: int, element_size: int) -> int:
+    """Value columns a program of the moments kernel takes: all that its registers hold."""
+    limit = 128
+    if head_dim > 128:
+        limit = 128 if head_dim > 192 and value_dim % 96 else 96
+    if element_size == 4:
+        limit = min(limit, 64)
+    if value_dim <= limit:
+        return value_dim
+    fewest = -(-value_dim // limit)
+    for blocks in range(fewest, 2 * fewest):
+        if value_dim % (8 * blocks) == 0:
+            return value_dim // blocks
+    return limit
+
+
+def way_of(name: str, query: Tensor, key: Tensor, value: Tensor) -> str:
+    """fused: one program a head; split: ranges of tokens around a state that a program can keep;
+    wide: around one that it cannot; quadratic, in the forward pass. `name` is fwd or bwd."""
+    batch, num_queries, heads, head_dim = query.shape
+    num_keys, width = key.shape[1], max(head_dim, value.shape[3])
+    waves = batch * heads / multiprocessors(query)
+    if width > MAX_NARROW_DIM:
+        # Three launches and a state in memory cost more than some more products.
+        short = num_keys <= max(256, head_dim) and query.element_size() == 2
+        way = "quadratic" if name == "fwd" and short else "wide"
+    elif waves >= 2.5 or max(num_queries, num_keys) <= 256:
+        # Few heads leave processors idle, which only a short run of tokens forgives.
+        way = "fused"
+    else:
+        way = "split"
+    return pin_or(f"{name}_way", way)
+
+
+def splits_of(
+    tokens: int, programs: int, tensor: Tensor, launch: Launch, head_dim: int
+) -> tuple[int, int]:
+    """How many ranges of how many tokens, to fill the device with what runs at once on it."""
+    resident = 4 if head_dim <= 64 else 2 if head_dim <= MAX_NARROW_DIM else 1
+    wanted = round(resident * multiprocessors(tensor) / max(programs, 1))
+    most = max(1, tokens // (4 * launch.block))
+    splits = pin_or("splits", max(1, min(wanted, most)))
+    blocks = -(-tokens // launch.block)
+    share = -(-blocks // splits) * launch.block
+    return -(-tokens // share), share
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """bfloat16 keeps the range of the sums, float16 does not: its states stay float32."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32

@@ -1,0 +1,72 @@
+"""Linear attention as PyTorch operators: schemas, shapes, gradients; triton comes when one runs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._common.operators import needs_gradient, register
+
+_OPTIONS = "str feature_map, str normalizer, float scale, float eps"
+
+
+def _fwd_shapes(
+    query: Tensor, key: Tensor, value: Tensor,
+    feature_map: str, normalizer: str, scale: float, eps: float,
+) -> Tensor:  # fmt: skip
+    return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+def _bwd_shapes(
+    d_out: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    feature_map: str, normalizer: str, scale: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+register(
+    "linear_attention_fwd",
+    f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> Tensor",
+    f"{__package__}.triton_fwd:linear_attention_fwd",
+    _fwd_shapes,
+)
+register(
+    "linear_attention_bwd",
+    f"(Tensor d_out, Tensor query, Tensor key, Tensor value, {_OPTIONS})"
+    " -> (Tensor, Tensor, Tensor)",
+    f"{__package__}.triton_bwd:linear_attention_bwd",
+    _bwd_shapes,
+)
+
+
+class _LinearAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.options = options
+        return torch.ops.lintra.linear_attention_fwd(query, key, value, *options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        grads = torch.ops.lintra.linear_attention_bwd(d_out, *inputs, *ctx.options)
+        return (*grads, None, None, None, None)
+
+
+def linear_attention_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    feature_map: str,
+    normalizer: str,
+    scale: float,
+    eps: float,
+) -> Tensor:
+    """The operation of `api.linear_attention` by the Triton kernels."""
+    arguments = (query, key, value, feature_map, normalizer, float(scale), float(eps))
+    if needs_gradient(query, key, value):
+        return _LinearAttention.apply(*arguments)
+    return torch.ops.lintra.linear_attention_fwd(*arguments)
