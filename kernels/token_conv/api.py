@@ -3,12 +3,18 @@
 from torch import Tensor
 
 from .._common.checks import IMPLEMENTATIONS, check_choice, check_grid, check_shape, check_tensor
+from .._common.launch import takes_kernel, why_no_kernel
+from .configs import MAX_SIZE
+from .ops import token_conv2d_triton
 from .reference import token_conv2d_reference
 
 
 def why_not_triton(tokens: Tensor, weight: Tensor) -> str | None:
     """The reason why `impl="triton"` cannot run on these tensors, None if it can."""
-    return "its Triton kernel is not built yet"
+    reason = why_no_kernel(tokens)
+    if reason is None and weight.shape[-1] > MAX_SIZE:
+        reason = f"its kernels take sizes up to {MAX_SIZE}, got {weight.shape[-1]}"
+    return reason
 
 
 def token_conv2d(
@@ -37,7 +43,9 @@ def token_conv2d(
         bias: ``(C)``, any floating dtype.
         grid: ``(h, w)``, in tokens.
         residual: ``(B, h * w, C)``, added to the result.
-        impl: ``auto``, ``reference`` (PyTorch, any device) or ``triton``.
+        impl: ``auto``, ``reference`` (PyTorch, any device) or ``triton``. ``auto`` takes the
+            Triton kernels on CUDA for float16, bfloat16 and float32 and k <= 7. They
+            differentiate once; under `torch.func` use ``reference``.
 
     Returns:
         ``(B, h * w, C)`` in ``tokens.dtype``; sums are float32 (float64 for float64 inputs).
@@ -70,4 +78,6 @@ def token_conv2d(
     reason = why_not_triton(tokens, weight)
     if impl == "triton" and reason is not None:
         raise NotImplementedError(f"`impl` must not be 'triton' for token_conv2d: {reason}")
-    return token_conv2d_reference(tokens, weight, bias, grid=(height, width), residual=residual)
+    kernel = takes_kernel(impl, tokens, reason)
+    convolve = token_conv2d_triton if kernel else token_conv2d_reference
+    return convolve(tokens, weight, bias, grid=(height, width), residual=residual)

@@ -1,0 +1,95 @@
+"""The token convolution as PyTorch operators: schemas, shapes, gradients; triton comes when one runs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._common.operators import needs_gradient, register
+
+
+def _fwd_shapes(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+    height: int, width: int,
+) -> Tensor:  # fmt: skip
+    return tokens.new_empty(tokens.shape)
+
+
+def _bwd_tokens_shapes(d_out: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
+    return d_out.new_empty(d_out.shape)
+
+
+def _bwd_weight_shapes(
+    d_out: Tensor, tokens: Tensor, size: int, per_sample: bool, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    batch, _, channels = tokens.shape
+    shape = (batch, channels, size, size) if per_sample else (channels, size, size)
+    return (
+        tokens.new_empty(shape, dtype=torch.float32),
+        tokens.new_empty((channels,), dtype=torch.float32),
+    )
+
+
+_GRID = "SymInt height, SymInt width"
+register(
+    "token_conv2d_fwd",
+    f"(Tensor tokens, Tensor weight, Tensor? bias, Tensor? residual, {_GRID}) -> Tensor",
+    f"{__package__}.triton_fwd:token_conv2d_fwd",
+    _fwd_shapes,
+)
+register(
+    "token_conv2d_bwd_tokens",
+    f"(Tensor d_out, Tensor weight, {_GRID}) -> Tensor",
+    f"{__package__}.triton_fwd:token_conv2d_bwd_tokens",
+    _bwd_tokens_shapes,
+)
+register(
+    "token_conv2d_bwd_weight",
+    f"(Tensor d_out, Tensor tokens, int size, bool per_sample, {_GRID}) -> (Tensor, Tensor)",
+    f"{__package__}.triton_bwd:token_conv2d_bwd_weight",
+    _bwd_weight_shapes,
+)
+
+
+class _TokenConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+        height: int, width: int,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(tokens, weight)
+        ctx.grid = (height, width)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return torch.ops.lintra.token_conv2d_fwd(tokens, weight, bias, residual, height, width)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, weight = ctx.saved_tensors
+        needs_tokens, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+        d_tokens = d_weight = d_bias = None
+        if needs_tokens:
+            d_tokens = torch.ops.lintra.token_conv2d_bwd_tokens(d_out, weight, *ctx.grid)
+        if needs_weight or needs_bias:
+            d_weight, d_bias = torch.ops.lintra.token_conv2d_bwd_weight(
+                d_out, tokens, weight.shape[-1], weight.ndim == 4, *ctx.grid
+            )
+            d_weight = d_weight.to(weight.dtype) if needs_weight else None
+            d_bias = d_bias.to(ctx.bias_dtype) if needs_bias else None
+        return d_tokens, d_weight, d_bias, d_out if needs_residual else None, None, None
+
+
+def token_conv2d_triton(
+    tokens: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    grid: tuple[int, int],
+    residual: Tensor | None,
+) -> Tensor:
+    """The operation of `api.token_conv2d` by the Triton kernels."""
+    arguments = (tokens, weight, bias, residual, *grid)
+    if needs_gradient(tokens, weight, bias, residual):
+        return _TokenConv2d.apply(*arguments)
+    return torch.ops.lintra.token_conv2d_fwd(*arguments)
