@@ -1,4 +1,4 @@
-"""A case: one operation at one shape, with its peers, its floor and its targets."""
+"""A case: one operation or model at one shape, with its peers, its floor and its targets."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,42 +12,42 @@ Run = Callable[..., Tensor]
 OURS = "lintra"
 DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 # The backward reads what the forward read and wrote, and writes as much: twice the bytes.
-FLOOR_FACTOR = {"fwd": 1.0, "bwd": 2.0, "fwd+bwd": 3.0}
+# A training step ("step") of a model has no floor.
+FLOOR_FACTOR = {"fwd": 1.0, "bwd": 2.0, "fwd+bwd": 3.0, "step": 0.0}
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another way to compute a case.
+    """A way to compute a case.
 
     Args:
-        prepare: makes the function that is timed; called once a direction and outside the clock,
-            so it may build masks or compile. Whatever it raises is reported in the peer's cell.
+        prepare: makes the function that is timed; called once for all directions and off the
+            clock, so it may build masks or compile. What it raises is reported in its cells.
         is_compiled: costs seconds of torch.compile; `--no-compile` leaves it out.
-        directions: those worth measuring.
     """
 
     prepare: Callable[[], Run]
     is_compiled: bool = False
-    directions: tuple[str, ...] = DIRECTIONS
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operation at one shape.
+    """One operation or model at one shape.
 
     Args:
-        op: name of the operation.
+        op: name of the operation or model.
         group: what the shape is for, e.g. "DeiT".
         shape: label, without commas.
         make: `make(device, dtype)` gives the inputs; those that require a gradient get one.
-        run: our implementation, called with the inputs.
-        reference: the oracle, called with the inputs in any dtype.
-        floor_bytes: what the forward must move, for an element size in bytes.
+        ours: our implementation.
+        peers: the others, by name.
+        reference: the oracle, called with the inputs in any dtype; None for a model.
+        checks: what is checked instead of the case: operations at the shapes of a model.
+        cut: makes the inputs smaller for the check, where the oracle could not run them whole.
+        floor_bytes: what the forward must move, for an element size in bytes; None: not known.
         flops: of the forward, 0 where they say nothing.
-        peers: by name.
         targets: by (direction, peer or "floor"): highest multiple of the floor, or lowest speed-up
             over the peer.
-        cut: makes the case smaller for the check, where the oracle could not run it whole.
         directions: those to measure.
     """
 
@@ -55,14 +55,18 @@ class Case:
     group: str
     shape: str
     make: Callable[[torch.device, torch.dtype], list[Tensor]]
-    run: Run
-    reference: Run
-    floor_bytes: Callable[[int], int]
-    flops: float = 0.0
+    ours: Peer
     peers: Mapping[str, Peer] = field(default_factory=dict)
-    targets: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    reference: Run | None = None
+    checks: tuple["Case", ...] = ()
     cut: Callable[[list[Tensor]], list[Tensor]] = lambda inputs: inputs
+    floor_bytes: Callable[[int], int] | None = None
+    flops: float = 0.0
+    targets: Mapping[tuple[str, str], float] = field(default_factory=dict)
     directions: tuple[str, ...] = DIRECTIONS
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.group} {self.shape}"
 
 
 def compiled(function: Run, **options: Any) -> Peer:
@@ -76,5 +80,5 @@ def compiled(function: Run, **options: Any) -> Peer:
     return Peer(prepare, is_compiled=True)
 
 
-def eager(function: Run, **options: Any) -> Peer:
-    return Peer(lambda: function, **options)
+def eager(function: Run) -> Peer:
+    return Peer(lambda: function)

@@ -68,7 +68,7 @@ def build(
         group=group if form == "sla" else f"{group} {form}",
         shape="x".join(map(str, shape)),
         make=partial(_inputs, tuple(shape)),
-        run=partial(_attend, form, "auto"),
+        ours=eager(partial(_attend, form, "auto")),
         reference=partial(_attend, form, "reference"),
         floor_bytes=lambda size: 4 * elements * size,
         flops=4.0 * elements * dim,

@@ -8,7 +8,7 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from .case import Case, Run
+from .case import Run
 
 MIN_CALLS = 20
 # A call that is too slow for MIN_CALLS within the limit is still measured this often.
@@ -122,7 +122,6 @@ def num_calls(limits: Limits, seconds_a_call: float) -> int:
 
 
 def measure(
-    case: Case,
     run: Run,
     direction: str,
     sets: Sequence[list[Tensor]],
@@ -131,11 +130,20 @@ def measure(
 ) -> Times:
     """Times `run` in one direction over sets of inputs that take turns.
 
+    Args:
+        run: called with a set; in direction ``step`` it does its own backward.
+        direction: a key of FLOOR_FACTOR.
+        sets: inputs, see `num_sets`.
+        device: of the inputs.
+        limits: how often.
+
     ``bwd`` has the forwards of a round of sets behind it, off the clock, before its first backward
     starts: none finds what its forward left in the cache.
     """
-    with torch.no_grad():
-        weights = [torch.randn_like(run(*inputs)) for inputs in sets[:1]] * len(sets)
+    weights: list[Tensor] = []
+    if "bwd" in direction:
+        with torch.no_grad():
+            weights = [torch.randn_like(run(*inputs)) for inputs in sets]
     indices = range(len(sets))
 
     def backward(index: int, out: Tensor) -> object:
@@ -146,11 +154,14 @@ def measure(
         with torch.no_grad():
             return run(*sets[index])
 
+    def step(index: int) -> object:
+        return run(*sets[index])
+
     def both(index: int) -> object:
         return backward(index, run(*sets[index]))
 
     clock = Clock(device)
-    single = forward if direction == "fwd" else both
+    single = {"fwd": forward, "step": step}.get(direction, both)
     seconds, host = _estimate(lambda: single(0), device, limits.warmup)
     calls = num_calls(limits, seconds)
     synchronize(device)

@@ -97,7 +97,7 @@ def build(shape: Sequence[int], group: str = "custom", with_targets: bool = Fals
         group=group,
         shape=" ".join([label, *words]),
         make=partial(_inputs, shape),
-        run=partial(_convolve, "auto", grid),
+        ours=eager(partial(_convolve, "auto", grid)),
         reference=reference,
         floor_bytes=lambda element: ((2 + residual) * elements + taps) * element,
         flops=2.0 * elements * size * size,
