@@ -52,7 +52,7 @@ def test_an_unknown_command_is_one_clear_line(capsys: pytest.CaptureFixture[str]
     assert cli.main(["destill"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        "lintra: command must be one of distill, train, sample, evaluate, demo, got 'destill'"
+        "lintra: command must be one of distill, train, sample, evaluate, bench, demo, got 'destill'"
     )
 
 

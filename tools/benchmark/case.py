@@ -1,6 +1,6 @@
 """A case: one operation or model at one shape, with its peers, its floor and its targets."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,3 +82,10 @@ def compiled(function: Run, **options: Any) -> Peer:
 
 def eager(function: Run) -> Peer:
     return Peer(lambda: function)
+
+
+def check_shape(shape: Sequence[int], lengths: Sequence[int], layout: str) -> None:
+    """A shape from the command line: as many numbers as `layout` names, optional ones 0 or more."""
+    least = min(lengths)
+    if len(shape) not in lengths or min(shape[:least], default=0) < 1 or min(shape) < 0:
+        raise ValueError(f"`shape` must be {layout}, all positive, got {tuple(shape)}")

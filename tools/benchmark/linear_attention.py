@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lintra import kernels
 
-from .case import Case, compiled, eager
+from .case import Case, check_shape, compiled, eager
 
 LAYOUT = "B,N,H,D"
 # Group: (multiple of the floor forward, backward, shapes (B, N, H, D)).
@@ -58,6 +58,7 @@ def build(
     form: str = "sla",
 ) -> Case:
     """The case of one shape (B, N, H, D); `forward` and `backward` are multiples of the floor."""
+    check_shape(shape, (4,), LAYOUT)
     batch, tokens, heads, dim = shape
     targets = {("fwd", "sdpa"): 1.0, ("fwd+bwd", "sdpa"): 1.0}
     if forward is not None and backward is not None:

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from lintra import kernels
 
-from .case import Case, Peer, Run, eager
+from .case import Case, Peer, Run, check_shape, eager
 from .linear_attention import softmax_attention
 
 LAYOUT = "side,radius[,H,D,prefix[,pooled]]"
@@ -111,6 +111,7 @@ def build(
     `forward` and `backward` are speed-ups over FlexAttention. `pooled` adds a key for each 16 image
     tokens, as CLEAR's down-sampled variant does.
     """
+    check_shape(shape, (2, 5, 6), LAYOUT)
     shape = (*shape, *(HEADS, DIM, PREFIX, 0)[len(shape) - 2 :])
     side, radius, heads, dim, prefix, pooled = shape
     tokens, extra = prefix + side * side, side * side // 16 if pooled else 0

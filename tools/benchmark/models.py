@@ -151,15 +151,28 @@ def build(name: str, side: int, batch: int, speedup: float, mode: Mode) -> Case:
         checks=tuple(operation_cases(name, side, batch, mode.tiny)),
         peers={peer: entry(theirs)},
         # The targets are those of inference.
-        targets={} if mode.training or mode.tiny else {("fwd", peer): speedup},
+        targets={} if mode.training or not speedup else {("fwd", peer): speedup},
         directions=(direction,),
     )
 
 
-def cases(names: Sequence[str], mode: Mode) -> list[Case]:
+def cases(
+    names: Sequence[str], mode: Mode, shapes: Sequence[Sequence[int]] | None = None
+) -> list[Case]:
+    """Cases of the models `names`; `shapes` are (pixels, batch) instead of the usual ones.
+
+    Raises:
+        ValueError: a shape of another form.
+    """
+    for shape in shapes or ():
+        if len(shape) != 2 or shape[0] % 16 or min(shape) < 1:
+            raise ValueError(f"`shape` must be pixels (a multiple of 16), batch, got {shape}")
     rows = []
     for name in names:
         sizes = LIT_SIZES if name == "lit" else DEIT_SIZES
-        for side, batch, speedup in (TINY_SIZE,) if mode.tiny else sizes:
-            rows.append(build(name, side, batch, speedup, mode))
+        if shapes:
+            sizes = tuple((side, batch, 0.0) for side, batch in shapes)
+        elif mode.tiny:
+            sizes = (TINY_SIZE,)
+        rows += [build(name, side, batch, speedup, mode) for side, batch, speedup in sizes]
     return rows

@@ -139,21 +139,24 @@ def _sets(case: Case, settings: Settings) -> list[list[Tensor]]:
 def _timed(
     case: Case, name: str, peer: Peer, settings: Settings, bandwidth: float
 ) -> Iterator[Row]:
-    run = None
+    try:
+        run = peer.prepare()
+    except Exception as error:  # a peer that fails is a result, and so is ours
+        release(settings.device)
+        yield from _failed(case, {name: peer}, settings, bandwidth, short(error))
+        return
     for direction in _directions(case, settings):
         floor = _floor_ms(case, direction, settings.dtype, bandwidth)
         try:
-            # In each direction again: one that failed may have left nothing to go on with.
-            run = run or peer.prepare()
             sets = _sets(case, settings)
             times = measure(run, direction, sets, settings.device, settings.limits)
             row = Row(case, name, direction, times, floor)
-        except Exception as error:  # a peer that fails is a result, and so is ours
+        except Exception as error:
             row = Row(case, name, direction, None, floor, short(error))
         sets = []
         release(settings.device)
         yield row
-    run = None
+    del run
     release(settings.device)
 
 

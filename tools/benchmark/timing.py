@@ -98,9 +98,7 @@ class Clock:
         return [*self._samples, *(start.elapsed_time(end) for start, end in self._events)]
 
 
-def _estimate(
-    call: Callable[[], object], device: torch.device, warmup: int
-) -> tuple[float, float]:
+def _estimate(call: Callable[[], object], device: torch.device, warmup: int) -> tuple[float, float]:
     """Seconds that one call takes in all, and that the host takes to launch it."""
     call()  # compiles
     whole = host = 0.0

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lintra import kernels
 
-from .case import Case, compiled, eager
+from .case import Case, check_shape, compiled, eager
 
 LAYOUT = "B,h,w,C,k[,residual[,per_sample]]"
 # (B, h, w, C, k, residual, one kernel a sample)
@@ -84,7 +84,8 @@ def torch_convolution(
 
 def build(shape: Sequence[int], group: str = "custom", with_targets: bool = False) -> Case:
     """The case of (B, h, w, C, k, residual, per_sample), the last two 0 if left out."""
-    shape = (*shape, *(0, 0)[: 7 - len(shape)])
+    check_shape(shape, (5, 6, 7), LAYOUT)
+    shape = (*shape, *(0, 0)[len(shape) - 5 :])
     batch, height, width, channels, size, residual, per_sample = shape
     grid = (height, width)
     elements = batch * height * width * channels
