@@ -66,7 +66,7 @@ class Case:
     directions: tuple[str, ...] = DIRECTIONS
 
     def __str__(self) -> str:
-        return f"{self.op} {self.group} {self.shape}"
+        return " ".join(dict.fromkeys([self.op, self.group, self.shape]))
 
 
 def compiled(function: Run, **options: Any) -> Peer:

@@ -60,9 +60,10 @@ def build(
     """The case of one shape (B, N, H, D); `forward` and `backward` are multiples of the floor."""
     check_shape(shape, (4,), LAYOUT)
     batch, tokens, heads, dim = shape
-    targets = {("fwd", "sdpa"): 1.0, ("fwd+bwd", "sdpa"): 1.0}
+    targets = {}
     if forward is not None and backward is not None:
-        targets |= {("fwd", "floor"): forward, ("bwd", "floor"): backward}
+        targets = {("fwd", "floor"): forward, ("bwd", "floor"): backward}
+        targets |= {("fwd", "sdpa"): 1.0, ("fwd+bwd", "sdpa"): 1.0}
     elements = batch * tokens * heads * dim
     return Case(
         op="linear_attention",

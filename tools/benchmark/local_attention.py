@@ -1,12 +1,12 @@
 """Cases of local attention: CLEAR at FLUX size, against FlexAttention with the same mask."""
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from lintra import kernels
 
@@ -74,24 +74,24 @@ def _attend(
 def flex_peer(side: int, radius: float, prefix: int) -> Peer:
     """FlexAttention under torch.compile with CLEAR's mask, as its authors run it."""
 
-    def prepare() -> Run:
-        torch._dynamo.reset()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        q, k = query - prefix, key - prefix
+        dy, dx = q // side - k // side, q % side - k % side
+        return (q < 0) | (k < 0) | (dy * dy + dx * dx < radius * radius)
 
-        def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            q, k = query - prefix, key - prefix
-            dy = torch.div(q, side, rounding_mode="floor") - torch.div(
-                k, side, rounding_mode="floor"
-            )
-            dx = q % side - k % side
-            return (q < 0) | (k < 0) | (dy * dy + dx * dx < radius * radius)
-
+    @cache
+    def mask_on(device: torch.device) -> BlockMask:
         tokens = prefix + side * side
         # Uncompiled it would hold all pairs of tokens.
-        mask = create_block_mask(visible, None, None, tokens, tokens, device=device, _compile=True)
+        return create_block_mask(visible, None, None, tokens, tokens, device, _compile=True)
+
+    def prepare() -> Run:
+        torch._dynamo.reset()
         flex = torch.compile(flex_attention, dynamic=False)
 
         def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            # Made by the first call, which is off the clock.
+            mask = mask_on(query.device)
             q, k, v = (x.transpose(1, 2) for x in (query, key, value))
             return flex(q, k, v, block_mask=mask).transpose(1, 2)
 

@@ -12,10 +12,10 @@ from . import linear_attention, token_conv
 from .case import Case, Peer, Run
 
 # (resolution in pixels, batch, lowest speed-up over the softmax model)
-DEIT_SIZES = ((224, 256, 1.0), (1024, 16, 2.0))
-LIT_SIZES = ((256, 32, 1.0), (512, 8, 1.1))
-TINY_SIZE = (64, 2, 0.0)
-MODELS = ("inline_deit", "slab_deit", "lit")
+Sizes = tuple[tuple[int, int, float], ...]
+DEIT_SIZES: Sizes = ((224, 256, 1.0), (1024, 16, 2.0))
+LIT_SIZES: Sizes = ((256, 32, 1.0), (512, 8, 1.1))
+TINY_SIZES: Sizes = ((64, 2, 0.0),)
 _DEIT = "deit_tiny_patch16_224"
 _TIMM = {"inline_deit": "deit_tiny_inline_patch16_224", "slab_deit": "deit_tiny_slab_patch16_224"}
 _FORMS = {"inline_deit": "inline", "slab_deit": "sla", "lit": "sla"}
@@ -48,7 +48,7 @@ def _timm_model(name: str, side: int, mode: Mode) -> nn.Module:
 
     from lintra.vision import fold_norms
 
-    small = {"depth": 2, "embed_dim": 24, "num_heads": 3} if mode.tiny else {}
+    small: dict[str, Any] = {"depth": 2, "embed_dim": 24, "num_heads": 3} if mode.tiny else {}
     model = timm.create_model(name, img_size=side, **small)
     # A training step has its norms; a deployed model has none left that folds.
     return model if mode.training else fold_norms(model.eval())
@@ -57,7 +57,7 @@ def _timm_model(name: str, side: int, mode: Mode) -> nn.Module:
 def _diffusers_model(linear: bool, side: int, mode: Mode) -> nn.Module:
     from diffusers import DiTTransformer2DModel
 
-    from lintra.diffusion.models import LiTTransformer2DModel
+    from lintra.diffusion.models.transformer_lit import LiTTransformer2DModel
 
     # Without more this is DiT-XL/2, or LiT-XL/2, on the latents of an image of this side.
     config: dict[str, Any] = {"sample_size": side // 8, "out_channels": 8}
@@ -130,7 +130,7 @@ def operation_cases(name: str, side: int, batch: int, tiny: bool) -> list[Case]:
 
 
 def build(name: str, side: int, batch: int, speedup: float, mode: Mode) -> Case:
-    """The case of one model, a name of MODELS, at images of `side` pixels."""
+    """The case of one model, ``inline_deit``, ``slab_deit`` or ``lit``, at images of `side` pixels."""
     if name == "lit":
         ours, theirs = (partial(_diffusers_model, linear, side) for linear in (True, False))
         peer, make = "dit", partial(_latents, batch, side, mode)
@@ -144,7 +144,7 @@ def build(name: str, side: int, batch: int, speedup: float, mode: Mode) -> Case:
 
     return Case(
         op=name,
-        group="model",
+        group=name,
         shape=f"{side}px B{batch} {mode}",
         make=make,
         ours=entry(ours),
@@ -173,6 +173,6 @@ def cases(
         if shapes:
             sizes = tuple((side, batch, 0.0) for side, batch in shapes)
         elif mode.tiny:
-            sizes = (TINY_SIZE,)
+            sizes = TINY_SIZES
         rows += [build(name, side, batch, speedup, mode) for side, batch, speedup in sizes]
     return rows

@@ -115,7 +115,7 @@ def _cells(line: Line, peers: Sequence[str]) -> list[str]:
     times, floor, case = line.ours.times, line.ours.floor_ms, line.case
     cells = [f"{case.group} {case.shape}", line.ours.direction]
     if times is None:
-        cells += [line.ours.error, *[""] * 6]
+        cells += [_cut(line.ours.error), *[""] * 6]
     else:
         flops = case.flops * FLOOR_FACTOR[line.ours.direction]
         cells += [_ms(times.p20), _ms(times.p50), _ms(times.p80)]
@@ -126,15 +126,20 @@ def _cells(line: Line, peers: Sequence[str]) -> list[str]:
         if row is None:
             cells.append("-")
         elif row.times is None:
-            cells.append(row.error)
+            cells.append(_cut(row.error))
         else:
             ratio = f" ({row.times.p50 / times.p50:.2f}x)" if times else ""
             cells.append(_ms(row.times.p50) + ratio)
     return [*cells, "; ".join(map(str, line.verdicts()))]
 
 
+def _cut(error: str) -> str:
+    """Short enough for a table; the CSV has more."""
+    return error if len(error) <= 40 else error[:37] + "..."
+
+
 def _ms(value: float) -> str:
-    """Three digits, four from 1 ms on."""
+    """To the microsecond; two digits below ten of them."""
     return f"{value:.3f}" if value >= 0.01 else f"{value:.2g}"
 
 
@@ -198,34 +203,3 @@ def _records(rows: Sequence[Row], environment: Environment) -> Iterator[dict[str
             "error": row.error,
             **numbers,
         }
-
-
-def write_plot(path: Path, rows: Sequence[Row], environment: Environment) -> None:
-    """Bars of milliseconds, a panel for each direction, a group for each shape."""
-    from matplotlib.figure import Figure
-
-    lines = lines_of(rows)
-    directions = [name for name in FLOOR_FACTOR if any(x.ours.direction == name for x in lines)]
-    impls = [OURS, *dict.fromkeys(name for line in lines for name in line.peers)]
-    height = 1.5 + 0.16 * len(impls) * max(1, len(lines) // max(1, len(directions)))
-    figure = Figure(figsize=(6 * len(directions), height), layout="constrained")
-    figure.suptitle(f"{environment.gpu}, {environment.dtype}, {environment.date}", fontsize=9)
-    for axes, direction in zip(figure.subplots(1, len(directions), squeeze=False)[0], directions):
-        shown = [line for line in lines if line.ours.direction == direction]
-        for place, impl in enumerate(impls):
-            bars = []
-            for index, line in enumerate(shown):
-                row = line.ours if impl == OURS else line.peers.get(impl)
-                if row is not None and row.times is not None:
-                    bars.append((index + (place + 0.5) / len(impls) * 0.8 - 0.4, row.times.p50))
-            axes.barh(*zip(*bars), height=0.8 / len(impls), label=impl) if bars else None
-        floors = [line.ours.floor_ms or float("nan") for line in shown]
-        axes.scatter(floors, range(len(shown)), marker="|", s=120, color="black", label="floor")
-        axes.set_yticks(range(len(shown)), [f"{x.case.group} {x.case.shape}" for x in shown])
-        axes.tick_params(labelsize=7)
-        axes.invert_yaxis()
-        axes.set_xscale("log")
-        axes.set_xlabel(f"{direction}, ms")
-        axes.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ _TARGETS = {
 
 def _inputs(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     batch, height, width, channels, size, residual, per_sample = shape
-    options = {"device": device, "dtype": dtype}
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
     tokens = torch.randn(batch, height * width, channels, **options)
     lead = (batch,) if per_sample else ()
     weight = torch.randn(*lead, channels, size, size, **options) / size
