@@ -58,7 +58,7 @@ def _parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 1 if our implementation is wrong, before any speed is shown; 2 for a bad request."""
+    """Exit code 1 if our implementation is wrong, before any speed is shown; 2 for a bad call."""
     words = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(words)
     try:

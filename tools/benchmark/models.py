@@ -130,7 +130,7 @@ def operation_cases(name: str, side: int, batch: int, tiny: bool) -> list[Case]:
 
 
 def build(name: str, side: int, batch: int, speedup: float, mode: Mode) -> Case:
-    """The case of one model, ``inline_deit``, ``slab_deit`` or ``lit``, at images of `side` pixels."""
+    """The case of ``inline_deit``, ``slab_deit`` or ``lit`` at images of `side` pixels."""
     if name == "lit":
         ours, theirs = (partial(_diffusers_model, linear, side) for linear in (True, False))
         peer, make = "dit", partial(_latents, batch, side, mode)

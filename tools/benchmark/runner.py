@@ -162,8 +162,8 @@ def _timed(
 
 def release(device: torch.device) -> None:
     """Gives the memory of the last case back."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         with contextlib.suppress(RuntimeError):  # an error of the last case may surface here
             synchronize(device)
         torch.cuda.empty_cache()
