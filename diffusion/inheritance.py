@@ -13,16 +13,28 @@ from .attention.linear import LiTAttention
 
 logger = logging.getLogger(__name__)
 
-_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
-
 # policy -> projections of the linear attention layers that are inherited
 POLICIES: dict[str, tuple[str, ...]] = {
-    "all_but_attention": (),
-    "with_projections": _PROJECTIONS,
+    "all_but_attention": (),  # the paper's, class-conditional
+    "with_q": ("to_q",),
+    "with_v": ("to_v",),
+    "with_kv": ("to_k", "to_v"),
+    "with_qkv": ("to_q", "to_k", "to_v"),
+    "with_out": ("to_out",),  # text to image
+    "with_projections": ("to_q", "to_k", "to_v", "to_out"),
 }
 
-# Configuration in which student and teacher may differ: no inherited tensor depends on it.
-_FREE_CONFIG = {"dropout", "sample_size", "upcast_attention"}
+# Configuration in which student and teacher may differ: no inherited tensor depends on it, or (for
+# the additional conditions of PixArt) the tensors themselves tell.
+_FREE_CONFIG = {
+    "dropout",
+    "interpolation_scale",
+    "sample_size",
+    "upcast_attention",
+    "use_additional_conditions",
+}
+# What a teacher whose configuration lacks an entry was built with.
+_TEACHER_DEFAULTS = {"time_freq_shift": 1.0}
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,7 @@ def student_config(
 def _check_configs_fit(student: ModelMixin, teacher: ModelMixin) -> None:
     differing = [
         f"{key} {student.config[key]} != {value}"
-        for key, value in teacher.config.items()
+        for key, value in (_TEACHER_DEFAULTS | dict(teacher.config)).items()
         if not key.startswith(("_", "linear_", "num_linear_", "conv_"))
         and key in student.config
         and key not in _FREE_CONFIG
@@ -108,8 +120,8 @@ def inherit_weights(
     """Copies the teacher's weights into the student, in place.
 
     The student's linear attention layers take nothing (``all_but_attention``, the paper's policy)
-    or their projections q, k, v and out (``with_projections``); every other tensor must be in the
-    teacher with the same shape.
+    or the projections that `POLICIES` lists; every other tensor, cross-attention included, must be
+    in the teacher with the same shape.
 
     Args:
         student: a model with linear attention.

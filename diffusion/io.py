@@ -6,17 +6,49 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline, DiTTransformer2DModel
+from diffusers import (
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SchedulerMixin,
+    SD3Transformer2DModel,
+)
 from diffusers.models.modeling_utils import ModelMixin
 
+from .models.transformer_clear_flux import ClearFluxTransformer2DModel
+from .models.transformer_clear_sd3 import ClearSD3Transformer2DModel
+from .models.transformer_dit import OfficialDiTTransformer2DModel
 from .models.transformer_lit import LiTTransformer2DModel
+from .models.transformer_lit_pixart import LiTPixArtTransformer2DModel
 
 # `_class_name` in a transformer's config.json -> class; what load_transformer can open
 TRANSFORMERS: dict[str, type[ModelMixin]] = {
-    cls.__name__: cls for cls in (DiTTransformer2DModel, LiTTransformer2DModel)
+    cls.__name__: cls
+    for cls in (
+        DiTTransformer2DModel,
+        OfficialDiTTransformer2DModel,
+        LiTTransformer2DModel,
+        PixArtTransformer2DModel,
+        LiTPixArtTransformer2DModel,
+        FluxTransformer2DModel,
+        ClearFluxTransformer2DModel,
+        SD3Transformer2DModel,
+        ClearSD3Transformer2DModel,
+    )
 }
 # Configuration that the rest of a pipeline depends on.
-_INTERFACE = ("in_channels", "out_channels", "num_embeds_ada_norm")
+_INTERFACE = (
+    "in_channels",
+    "out_channels",
+    "num_embeds_ada_norm",
+    "caption_channels",
+    "cross_attention_dim",
+    "guidance_embeds",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+)
 
 
 def _read_json(file: Path, what: str) -> dict[str, Any]:
@@ -64,6 +96,18 @@ def _check_transformer_class(folder: Path, index: dict[str, Any]) -> None:
         )
 
 
+def _absent_components(folder: Path, index: dict[str, Any], given: set[str]) -> list[str]:
+    """Components that were saved as None; raises if one that was not has no folder."""
+    components = {n: v for n, v in index.items() if isinstance(v, list) and len(v) == 2}
+    for name, (library, _) in components.items():
+        if library is not None and name not in given and not (folder / name).is_dir():
+            raise FileNotFoundError(
+                f"`path` must have a folder for each component of its pipeline, got none for {name}"
+                f" in {folder}"
+            )
+    return [name for name, (library, _) in components.items() if library is None]
+
+
 def load_pipeline(path: str | Path, **kwargs: Any) -> DiffusionPipeline:
     """Opens a saved pipeline, also one that holds a model of lintra.
 
@@ -72,19 +116,25 @@ def load_pipeline(path: str | Path, **kwargs: Any) -> DiffusionPipeline:
 
     Args:
         path: pipeline folder, or a repository id on the Hub.
-        kwargs: passed to `DiffusionPipeline.from_pretrained`, e.g. `torch_dtype`.
+        kwargs: passed to `DiffusionPipeline.from_pretrained`, e.g. `torch_dtype`, or a component
+            that the folder lacks, e.g. `vae`.
 
     Raises:
-        FileNotFoundError: a local path without model_index.json.
+        FileNotFoundError: a local path without model_index.json or the folder of a component.
         ValueError: model_index.json and the transformer's config disagree about its class.
     """
     folder = Path(path)
     if folder.is_absolute() or str(path).startswith(".") or folder.exists():
         index = _read_json(folder / "model_index.json", "a pipeline folder")
+        absent = _absent_components(folder, index, set(kwargs))
         _check_transformer_class(folder, index)
+        kwargs = {**dict.fromkeys(absent), **kwargs}
         if index.get("id2label") and "id2label" not in kwargs:
             # JSON turned the class numbers into strings.
             kwargs["id2label"] = {int(label): name for label, name in index["id2label"].items()}
+        for name, entry in index.items():
+            if entry == [None, None]:  # saved without, e.g. text encoders: diffusers asks again
+                kwargs.setdefault(name, None)
     return DiffusionPipeline.from_pretrained(path, **kwargs)
 
 
@@ -110,6 +160,28 @@ def swap_transformer(pipeline: DiffusionPipeline, transformer: ModelMixin) -> Di
     if differing:
         raise ValueError(f"`transformer` must fit the pipeline, got {', '.join(differing)}")
     pipeline.register_modules(transformer=transformer.to(device=old.device, dtype=old.dtype))
+    return pipeline
+
+
+def build_dit_pipeline(
+    transformer: ModelMixin,
+    vae: ModelMixin | None,
+    scheduler: SchedulerMixin,
+    id2label: dict[int, str],
+) -> DiTPipeline:
+    """A `DiTPipeline` whose class names are saved with it.
+
+    Args:
+        transformer: DiT or LiT.
+        vae: None if it is to be given when the saved pipeline is opened.
+        scheduler: sampler.
+        id2label: names of classes, may be empty.
+    """
+    pipeline = DiTPipeline(
+        transformer=transformer, vae=vae, scheduler=scheduler, id2label=id2label or None
+    )
+    # The pipeline does not record this argument itself; a reopened one would have no labels.
+    pipeline.register_to_config(id2label=id2label or None)
     return pipeline
 
 

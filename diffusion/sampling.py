@@ -51,8 +51,12 @@ def sample_images(
 
     Raises:
         ValueError: an unknown scheduler, labels out of range, guidance that the model's label
-            table does not allow.
+            table does not allow, a pipeline without autoencoder.
     """
+    if pipeline.vae is None:
+        raise ValueError(
+            "`pipeline` must have a vae, got None: open it with load_pipeline(vae=...)"
+        )
     classes = pipeline.transformer.config.num_embeds_ada_norm
     if scheduler is not None and scheduler not in SCHEDULERS:
         raise ValueError(f"`scheduler` must be one of {', '.join(SCHEDULERS)}, got {scheduler!r}")

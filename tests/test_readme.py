@@ -1,7 +1,8 @@
 """The README tells the truth: its Python runs, its tables name what is there.
 
-A block that cannot run here, say for want of a checkpoint, has `<!-- not run: why -->` on the line
-before it.
+The blocks of a section run in order and share their names, as a reader would type them. A block
+that cannot run here, say for want of a checkpoint, has `<!-- not run: why -->` on the line before
+it.
 """
 
 import re
@@ -12,16 +13,26 @@ from lintra.tools.cli import COMMANDS
 from rooms import ROOT
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^(<!-- not run: .+ -->\n)?```python\n(.*?)^```$", README, re.M | re.S)
-RUNNABLE = [code for excuse, code in BLOCKS if not excuse]
+BLOCK = re.compile(r"^(<!-- not run: [^\n]+ -->\n)?```python\n(.*?)^```$", re.M | re.S)
+SECTIONS = {
+    text.partition("\n")[0]: [code for excuse, code in BLOCK.findall(text) if not excuse]
+    for text in README.split("\n## ")
+}
+RUNNABLE = {title: blocks for title, blocks in SECTIONS.items() if blocks}
 
 
-@pytest.mark.parametrize("code", RUNNABLE, ids=[f"block{i}" for i in range(len(RUNNABLE))])
+def test_every_block_is_found() -> None:
+    assert len(BLOCK.findall(README)) == README.count("```python")
+
+
+@pytest.mark.parametrize("title", RUNNABLE)
 def test_python_runs(
-    code: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    title: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path_factory.mktemp("readme"))
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    names = {"__name__": "readme"}
+    for code in RUNNABLE[title]:
+        exec(compile(code, "README.md", "exec"), names)
 
 
 def test_tables_name_every_command_and_recipe() -> None:

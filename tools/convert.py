@@ -22,10 +22,35 @@ def _official_backbone(options: argparse.Namespace) -> str:
     return f"{report}\nopen with timm.create_model('local-dir:{options.output}', pretrained=True)"
 
 
+def _official_dit(options: argparse.Namespace) -> str:
+    from lintra.diffusion.conversion import convert_official_dit
+
+    student = (
+        {} if options.num_linear_heads is None else {"num_linear_heads": options.num_linear_heads}
+    )
+    report = convert_official_dit(
+        options.checkpoint,
+        options.output,
+        to=options.target,
+        policy=options.inherit,
+        form=options.form,
+        vae=options.vae,
+        id2label=options.labels,
+        model=options.model,
+        image_size=options.img_size,
+        num_heads=options.num_heads,
+        num_classes=options.num_classes,
+        prefer_ema=not options.no_ema,
+        **student,
+    )
+    return f"{report}\nopen with lintra.diffusion.load_pipeline('{options.output}')"
+
+
 # Name of a source -> what converts it and returns the text to print.
 SOURCES: dict[str, Callable[[argparse.Namespace], str]] = {
     "slab": _official_backbone,
     "inline": _official_backbone,
+    "dit": _official_dit,
 }
 
 
@@ -34,9 +59,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", help="file of the authors")
     parser.add_argument("output", help="folder to write")
     parser.add_argument("--from", dest="source", required=True, choices=SOURCES)
-    parser.add_argument("--model", help="architecture, e.g. deit_tiny_slab_patch16_224")
+    parser.add_argument("--model", help="architecture, e.g. deit_tiny_slab_patch16_224 or DiT-XL/2")
     parser.add_argument("--no-ema", action="store_true", help="not the averaged weights")
-    parser.add_argument("--img-size", type=int, help="resample position tables to this size")
+    parser.add_argument(
+        "--img-size", type=int, help="resample position tables to this size; dit: expect it"
+    )
+    dit = parser.add_argument_group("dit")
+    dit.add_argument("--to", dest="target", default="dit", help="dit, or lit for a student")
+    dit.add_argument("--inherit", default="all_but_attention", help="what a LiT takes, a policy")
+    dit.add_argument("--num-linear-heads", type=int, help="heads of a LiT")
+    dit.add_argument(
+        "--form", default="official", help="official, or diffusers for its own numbers"
+    )
+    dit.add_argument("--vae", help="folder of the AutoencoderKL, or of a pipeline that has it")
+    dit.add_argument("--labels", help="JSON file of class names by number")
+    dit.add_argument("--num-heads", type=int, help="heads, if not of size S, B, L or XL")
+    dit.add_argument("--num-classes", type=int, help="classes, without the one for none")
     return parser
 
 

@@ -65,5 +65,6 @@ def convert_official(
     report = load_official(network, state)
     report.source = source
     with torch.no_grad():
-        save_for_hf(network, folder, safe_serialization=True)
+        # timm records the arguments by itself only from 1.0.31 on.
+        save_for_hf(network, folder, model_args=model_args, safe_serialization=True)
     return report

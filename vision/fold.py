@@ -6,6 +6,7 @@ into the layer before, and into convolutions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,15 @@ from torch import Tensor, nn
 from .norm import ChannelAffine, PRepBN, RepBN
 
 FOLDABLE_NORMS = (RepBN, PRepBN)
+Layer: TypeAlias = nn.Linear | nn.Conv1d | nn.Conv2d
 
 
-def _set_bias(layer: nn.Module, bias: Tensor) -> None:
+def _set_bias(layer: Layer, bias: Tensor) -> None:
     weight = layer.weight
     layer.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=weight.requires_grad)
 
 
-def _bias(layer: nn.Module) -> Tensor:
+def _bias(layer: Layer) -> Tensor:
     weight = layer.weight
     if layer.bias is not None:
         return layer.bias.double()
@@ -41,7 +43,7 @@ def fold_into_reader(scale: Tensor, shift: Tensor, layer: nn.Module) -> None:
         ValueError: another kind of layer, or a convolution that pads: zeros beside the image would
             have to become -shift / scale.
     """
-    _check_layer(layer)
+    layer = _checked(layer)
     if any(getattr(layer, "padding", (0,))):
         raise ValueError(
             f"`layer` must not pad to take in the norm before it, got padding {layer.padding}"
@@ -67,18 +69,19 @@ def fold_into_writer(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
     Raises:
         ValueError: another kind of layer.
     """
-    _check_layer(layer)
+    layer = _checked(layer)
     weight = layer.weight.double()
     _set_bias(layer, _bias(layer) * scale.double() + shift.double())
     layer.weight.copy_(weight * scale.double().view(-1, *[1] * (weight.ndim - 1)))
 
 
-def _check_layer(layer: nn.Module) -> None:
+def _checked(layer: nn.Module) -> Layer:
     if not isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
         raise ValueError(
             f"`layer` must be a Linear or a convolution for a norm to fold into it,"
             f" got {type(layer).__name__}"
         )
+    return layer
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class NormSite:
     writer: nn.Module | None = None
 
     @property
-    def norm(self) -> nn.Module:
+    def norm(self) -> Any:
         return getattr(self.owner, self.name)
 
     def fold(self) -> None:
@@ -151,14 +154,12 @@ def fold_norms(model: nn.Module) -> nn.Module:
     """
     owners = [module for module in model.modules() if isinstance(module, Foldable)]
     covered = {id(site.norm) for module in owners for site in module.norm_sites()}
+    # The RepBN inside a PRepBN goes with it.
+    covered |= {id(module.repbn) for module in model.modules() if isinstance(module, PRepBN)}
     left = [
         name
         for name, module in model.named_modules()
-        # The RepBN inside a PRepBN goes with it.
-        if isinstance(module, FOLDABLE_NORMS)
-        and id(module) not in covered
-        and not name.endswith(".repbn")
-        and name != "repbn"
+        if isinstance(module, FOLDABLE_NORMS) and id(module) not in covered
     ]
     if left:
         raise ValueError(

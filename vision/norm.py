@@ -101,8 +101,9 @@ class RepBN(nn.Module):
         """``(scale, shift)`` of the map in evaluation, each ``(C)`` in float32 or float64."""
         bn = self.bn
         dtype = torch.promote_types(torch.float32, bn.weight.dtype)
-        gain = bn.weight.to(dtype) * torch.rsqrt(bn.running_var.to(dtype) + bn.eps)
-        shift = bn.bias.to(dtype) - gain * bn.running_mean.to(dtype)
+        mean, variance = bn.get_buffer("running_mean"), bn.get_buffer("running_var")
+        gain = bn.weight.to(dtype) * torch.rsqrt(variance.to(dtype) + bn.eps)
+        shift = bn.bias.to(dtype) - gain * mean.to(dtype)
         return gain + self.alpha.to(dtype), shift
 
     def fuse(self) -> ChannelAffine:

@@ -139,6 +139,6 @@ def _average_over_processes(norms: list[nn.modules.batchnorm._BatchNorm]) -> Non
     if not (distributed.is_available() and distributed.is_initialized()):
         return
     for norm in norms:
-        for statistic in (norm.running_mean, norm.running_var):
+        for statistic in (norm.get_buffer("running_mean"), norm.get_buffer("running_var")):
             distributed.all_reduce(statistic)
             statistic /= distributed.get_world_size()

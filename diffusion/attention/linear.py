@@ -4,6 +4,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
 from lintra.kernels import linear_attention, token_conv2d
+from lintra.kernels.linear_attention.reference import FEATURE_MAPS
 
 
 class LiTAttnProcessor:
@@ -113,6 +114,9 @@ class LiTAttention(nn.Module, AttentionModuleMixin):
             raise ValueError(
                 f"`conv_kernel_size` must be odd, or 0 for none, got {conv_kernel_size}"
             )
+        if feature_map not in FEATURE_MAPS:
+            names = ", ".join(FEATURE_MAPS)
+            raise ValueError(f"`feature_map` must be one of {names}, got {feature_map!r}")
         self.heads = heads
         self.query_dim = self.inner_dim = dim
         self.use_bias = bias

@@ -1,11 +1,9 @@
 """LiT, a class-conditional diffusion transformer with linear attention (arXiv:2501.12976)."""
 
-import math
-from typing import Any, Self
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (see models/__init__.py)
@@ -13,20 +11,11 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..attention.linear import LiTAttention
-from ..inheritance import inherit_weights, student_config
-
-# Head channels the default number of heads aims at: LiT-S/B/L/XL have 192, 256, 256, 288.
-_HEAD_CHANNELS = 256
+from .linear_blocks import LinearTransformerMixin, install_linear_attention, token_grid
+from .transformer_dit import DIFFUSERS_TIME_FREQ_SHIFT, set_time_freq_shift
 
 
-def default_num_linear_heads(width: int) -> int:
-    """The divisor of `width` with heads nearest to 256 channels: 2, 3, 4, 4 for S, B, L, XL."""
-    divisors = [heads for heads in range(1, width + 1) if width % heads == 0]
-    return min(divisors, key=lambda heads: abs(math.log(width / heads / _HEAD_CHANNELS)))
-
-
-class LiTTransformer2DModel(PeftAdapterMixin, AttentionMixin, DiTTransformer2DModel):
+class LiTTransformer2DModel(LinearTransformerMixin, AttentionMixin, DiTTransformer2DModel):
     """`DiTTransformer2DModel` with linear self-attention of few heads and a convolution on values.
 
     Loads any DiT configuration; the extra arguments are those of the attention. Latents may have
@@ -39,12 +28,8 @@ class LiTTransformer2DModel(PeftAdapterMixin, AttentionMixin, DiTTransformer2DMo
         linear_eps: added to the denominator of the attention.
         conv_kernel_size: side of the depthwise convolution on the values; 0 leaves it out.
         conv_shared: share its filters across heads.
+        time_freq_shift: see `OfficialDiTTransformer2DModel`; the default is that of diffusers.
     """
-
-    _no_split_modules = ["BasicTransformerBlock"]
-    _repeated_blocks = ["BasicTransformerBlock"]
-    # Context parallelism hands attention a shard of the tokens: its state would be wrong, silently.
-    _cp_plan = None
 
     @register_to_config
     def __init__(
@@ -70,6 +55,7 @@ class LiTTransformer2DModel(PeftAdapterMixin, AttentionMixin, DiTTransformer2DMo
         linear_eps: float = 1e-6,
         conv_kernel_size: int = 5,
         conv_shared: bool = True,
+        time_freq_shift: float = DIFFUSERS_TIME_FREQ_SHIFT,
     ):
         super().__init__(
             num_attention_heads=num_attention_heads,
@@ -89,37 +75,18 @@ class LiTTransformer2DModel(PeftAdapterMixin, AttentionMixin, DiTTransformer2DMo
             norm_elementwise_affine=norm_elementwise_affine,
             norm_eps=norm_eps,
         )
-        heads = num_linear_heads or default_num_linear_heads(self.inner_dim)
-        for block in self.transformer_blocks:
-            block.attn1 = LiTAttention(
-                self.inner_dim,
-                heads,
-                bias=attention_bias,
-                dropout=dropout,
-                feature_map=linear_feature_map,
-                eps=linear_eps,
-                conv_kernel_size=conv_kernel_size,
-                conv_shared=conv_shared,
-            )
-
-    @classmethod
-    def from_teacher(
-        cls, teacher: DiTTransformer2DModel, policy: str = "all_but_attention", **overrides: Any
-    ) -> Self:
-        """A student of the teacher's configuration that has inherited its weights.
-
-        Args:
-            teacher: a DiT (or a LiT, e.g. of another number of heads).
-            policy: what is inherited, see `lintra.diffusion.inherit_weights`.
-            overrides: configuration values in which the student differs, e.g. `num_linear_heads=2`.
-
-        Returns:
-            The student in eval mode, in the teacher's dtype and on its device.
-        """
-        student = cls(**student_config(cls, teacher, overrides))
-        student.to(device=teacher.device, dtype=teacher.dtype)
-        inherit_weights(student, teacher, policy)
-        return student.eval()
+        install_linear_attention(
+            self.transformer_blocks,
+            self.inner_dim,
+            num_linear_heads,
+            bias=attention_bias,
+            dropout=dropout,
+            feature_map=linear_feature_map,
+            eps=linear_eps,
+            conv_kernel_size=conv_kernel_size,
+            conv_shared=conv_shared,
+        )
+        set_time_freq_shift(self, time_freq_shift)
 
     def forward(
         self,
@@ -146,12 +113,7 @@ class LiTTransformer2DModel(PeftAdapterMixin, AttentionMixin, DiTTransformer2DMo
         """
         patch = self.patch_size
         height, width = hidden_states.shape[-2:]
-        if height % patch or width % patch:
-            raise ValueError(
-                f"`hidden_states` must have a height and width that the patch size {patch} divides,"
-                f" got {height} x {width}"
-            )
-        grid = (height // patch, width // patch)
+        grid = token_grid(hidden_states, patch)
         attention_kwargs = {**(cross_attention_kwargs or {}), "grid": grid}
         hidden_states = self.pos_embed(hidden_states)  # (B, N, C)
 

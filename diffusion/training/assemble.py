@@ -15,9 +15,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from ..ddpm import DDPMProcess
 from ..inheritance import inherit_weights, student_config
 from ..initialization import initialize_dit
-from ..io import load_pipeline
+from ..io import build_dit_pipeline, load_pipeline
 from ..losses import check_loss_weights, needs_teacher
 from ..models.autoencoder_pixel import PixelAutoencoder
+from ..models.transformer_dit import OfficialDiTTransformer2DModel
 from ..models.transformer_lit import LiTTransformer2DModel
 from .config import NoiseConfig, Recipe
 from .objective import disable_internal_label_dropout
@@ -65,6 +66,8 @@ def _check_noise_schedule(noise: NoiseConfig, teacher: DiTPipeline) -> None:
 def _build_student(recipe: Recipe, teacher: DiTTransformer2DModel | None) -> DiTTransformer2DModel:
     model = recipe.model
     cls = STUDENTS[model.kind]
+    if model.kind == "dit" and isinstance(teacher, OfficialDiTTransformer2DModel):
+        cls = OfficialDiTTransformer2DModel
     if teacher is None:
         student = cls(**student_config(cls, None, model.config))
         initialize_dit(student)
@@ -85,7 +88,11 @@ def _build_student(recipe: Recipe, teacher: DiTTransformer2DModel | None) -> DiT
 def _build_vae(recipe: Recipe, teacher: DiTPipeline | None, channels: int) -> ModelMixin:
     if recipe.model.vae is not None:
         return AutoencoderKL.from_pretrained(recipe.model.vae)
-    return teacher.vae if teacher is not None else PixelAutoencoder(in_channels=channels)
+    if teacher is None:
+        return PixelAutoencoder(in_channels=channels)
+    if teacher.vae is None:
+        raise ValueError("`model.vae` must be given for a teacher without an autoencoder, got None")
+    return teacher.vae
 
 
 def build_models(recipe: Recipe, classes: list[str]) -> Models:
@@ -139,9 +146,4 @@ def build_pipeline(
     """The pipeline of a trained transformer, with a DDIM sampler of the training's schedule."""
     # Images lie in [-1, 1], latents do not.
     scheduler = DDIMScheduler(**asdict(noise), clip_sample=models.in_pixel_space)
-    pipeline = DiTPipeline(
-        transformer=transformer, vae=models.vae, scheduler=scheduler, id2label=models.id2label
-    )
-    # The pipeline does not record this argument itself; a reopened one would have no labels.
-    pipeline.register_to_config(id2label=models.id2label)
-    return pipeline
+    return build_dit_pipeline(transformer, models.vae, scheduler, models.id2label)

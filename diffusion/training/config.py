@@ -23,15 +23,17 @@ class ModelConfig:
     Args:
         kind: class of the trained transformer.
         pretrained_teacher_model: pipeline folder of the teacher; none trains without one.
-        inherit: what the student takes of the teacher's weights; `none` takes only its
-            configuration.
-        config: constructor arguments of the transformer; on top of the teacher's if there is one.
+        inherit: what the student takes of the teacher's weights, a key of `POLICIES`; `none` takes
+            only its configuration.
+        config: constructor arguments of the transformer, on top of the teacher's if there is one.
+            The paper's ablations of a LiT are `num_linear_heads`, `linear_feature_map` (`relu`,
+            `elu1`) and `conv_kernel_size` (0 for none).
         vae: folder of an AutoencoderKL; none takes that of the teacher's pipeline, or pixel space.
     """
 
     kind: Literal["dit", "lit"] = "lit"
     pretrained_teacher_model: str | None = None
-    inherit: Literal["none", "all_but_attention", "with_projections"] = "all_but_attention"
+    inherit: str = "all_but_attention"
     config: dict[str, Any] = field(default_factory=dict)
     vae: str | None = None
 

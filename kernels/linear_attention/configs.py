@@ -1,9 +1,13 @@
 """Launch tables of linear attention: which way runs, and with which blocks.
 
+Rows of architecture 90 were measured on one H100 80GB HBM3, torch 2.11, triton 3.6, 2026-11-24; the
+others are chosen to fit.
+
 Keys: (architecture, bytes of an element, width = larger of D and E, rounded up); the token count
 is never one. Unlisted architectures take the row of architecture 0, which fits small memories.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +19,8 @@ from .._common.pinning import pin_or
 MAX_HEAD_DIM = 320
 # Above this width one program cannot hold a state, its tiles and their sums.
 MAX_NARROW_DIM = 128
+# The state of one head in bfloat16 fills a whole program, which pays for few tokens.
+MAX_FUSED_DIM = 192
 
 
 @dataclass(frozen=True)
@@ -33,60 +39,53 @@ FWD_FUSED: Table = {
     (0, 2, 64): Launch(64, 4, 2),
     (0, 2, 128): Launch(64, 8, 2),
     (0, 4, 128): Launch(32, 8, 1),
-    (90, 2, 32): Launch(32, 1, 3),
-    (90, 2, 64): Launch(128, 4, 2),
-    (90, 2, 96): Launch(64, 4, 2),
+    (90, 2, 32): Launch(64, 1, 1),
+    (90, 2, 64): Launch(128, 4, 1),
+    (90, 2, 96): Launch(64, 4, 1),
     (90, 2, 128): Launch(64, 8, 3),
+    (90, 2, 192): Launch(64, 8, 2),
 }
 FWD_MOMENTS: Table = {
     (0, 2, 64): Launch(64, 4, 2),
     (0, 2, 320): Launch(32, 8, 2),
     (0, 4, 320): Launch(16, 8, 1),
-    (90, 2, 64): Launch(64, 4, 4),
-    (90, 2, 96): Launch(64, 4, 3),
-    (90, 2, 128): Launch(64, 8, 4),
-    (90, 2, 320): Launch(64, 8, 3),
+    (90, 2, 128): Launch(64, 4, 3),
+    (90, 2, 192): Launch(64, 8, 3),
+    (90, 2, 320): Launch(64, 4, 3),
 }
 FWD_APPLY: Table = {
     (0, 2, 64): Launch(64, 4, 2),
     (0, 2, 128): Launch(64, 8, 2),
     (0, 4, 128): Launch(32, 8, 1),
-    (90, 2, 64): Launch(64, 4, 3),
-    (90, 2, 96): Launch(64, 4, 3),
-    (90, 2, 128): Launch(64, 8, 3),
+    (90, 2, 128): Launch(64, 4, 3),
 }
 FWD_APPLY_WIDE: Table = {
     (0, 2, 320): Launch(64, 8, 2, 32),
     (0, 4, 320): Launch(16, 8, 1, 16),
     (90, 2, 320): Launch(128, 8, 3),
 }
-FWD_QUADRATIC: Table = {
-    (0, 2, 128): Launch(64, 4, 2, 64),
-    (0, 2, 320): Launch(64, 8, 1, 32),
-    (0, 4, 320): Launch(16, 8, 1, 16),
-    (90, 2, 128): Launch(64, 4, 2, 64),
-    (90, 2, 320): Launch(128, 8, 2, 32),
-}
 BWD_FUSED: Table = {
     (0, 2, 64): Launch(64, 4, 1),
     (0, 2, 128): Launch(32, 8, 1),
     (0, 4, 128): Launch(16, 8, 1),
-    (90, 2, 32): Launch(64, 4, 2),
+    (90, 2, 32): Launch(32, 1, 1),
     (90, 2, 64): Launch(64, 4, 2),
-    (90, 2, 128): Launch(64, 8, 1),
+    (90, 2, 128): Launch(32, 8, 1),
 }
 BWD_QUERIES: Table = {
     (0, 2, 64): Launch(64, 4, 1),
     (0, 2, 128): Launch(32, 8, 1),
     (0, 4, 128): Launch(16, 8, 1),
     (90, 2, 64): Launch(64, 4, 2),
-    (90, 2, 128): Launch(64, 8, 1),
+    (90, 2, 96): Launch(64, 8, 1),
+    (90, 2, 128): Launch(32, 8, 2),
 }
 BWD_KEYS: Table = {
     (0, 2, 64): Launch(64, 4, 1),
     (0, 2, 128): Launch(32, 8, 1),
     (0, 4, 128): Launch(16, 8, 1),
     (90, 2, 64): Launch(64, 4, 3),
+    (90, 2, 96): Launch(64, 4, 2),
     (90, 2, 128): Launch(64, 8, 2),
 }
 BWD_DQ_WIDE: Table = {
@@ -104,7 +103,6 @@ TABLES: dict[str, Table] = {
     "fwd_moments": FWD_MOMENTS,
     "fwd_apply": FWD_APPLY,
     "fwd_apply_wide": FWD_APPLY_WIDE,
-    "fwd_quadratic": FWD_QUADRATIC,
     "bwd_fused": BWD_FUSED,
     "bwd_queries": BWD_QUERIES,
     "bwd_keys": BWD_KEYS,
@@ -139,21 +137,26 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def parts_of(width: int) -> tuple[int, int]:
-    """Two powers of two that together hold `width` channels, each a size that a dot takes."""
+# Kernels that hold this side of a state whole where that wastes less than a second part costs.
+_WHOLE = {("fwd_moments", "d")}
+
+
+def parts_of(width: int, side: str, kernel: str) -> tuple[int, int]:
+    """Two powers of two that together hold `width` channels of the `side` d or e of a state, each a
+    size that a dot takes."""
     whole = max(16, _power_of_two(width))
     first = whole // 2
     rest = max(16, _power_of_two(width - first)) if width > first else 0
-    return (first, rest) if first >= 16 and first + rest < whole else (whole, 0)
+    one = first < 16 or first + rest >= whole or (width <= 128 and (kernel, side) in _WHOLE)
+    return pin_or(f"{kernel}_{side}_parts", (whole, 0) if one else (first, rest))
 
 
 def value_block(head_dim: int, value_dim: int, element_size: int) -> int:
     """Value columns a program of the moments kernel takes: all that its registers hold."""
-    limit = 128
-    if head_dim > 128:
-        limit = 128 if head_dim > 192 and value_dim % 96 else 96
+    limit = 128 if head_dim <= 128 else 96 if head_dim <= 192 else 32
     if element_size == 4:
         limit = min(limit, 64)
+    limit = pin_or("value_columns", limit)
     if value_dim <= limit:
         return value_dim
     fewest = -(-value_dim // limit)
@@ -165,28 +168,29 @@ def value_block(head_dim: int, value_dim: int, element_size: int) -> int:
 
 def way_of(name: str, query: Tensor, key: Tensor, value: Tensor) -> str:
     """fused: one program a head; split: ranges of tokens around a state that a program can keep;
-    wide: around one that it cannot; quadratic, in the forward pass. `name` is fwd or bwd."""
+    wide: around one that it cannot. `name` is fwd or bwd."""
     batch, num_queries, heads, head_dim = query.shape
-    num_keys, width = key.shape[1], max(head_dim, value.shape[3])
+    tokens, width = max(num_queries, key.shape[1]), max(head_dim, value.shape[3])
     waves = batch * heads / multiprocessors(query)
-    if width > MAX_NARROW_DIM:
-        # Three launches and a state in memory cost more than some more products.
-        short = num_keys <= max(256, head_dim) and query.element_size() == 2
-        way = "quadratic" if name == "fwd" and short else "wide"
-    elif waves >= 2.5 or max(num_queries, num_keys) <= 256:
-        # Few heads leave processors idle, which only a short run of tokens forgives.
+    # Few heads leave processors idle, which only a short run of tokens forgives; with many tokens
+    # two sweeps stream better than one program that changes from keys to queries.
+    short = tokens <= 256 or (tokens <= 512 and waves >= 2.5)
+    widest = MAX_NARROW_DIM
+    if name == "fwd" and query.dtype == torch.bfloat16:
+        widest = MAX_FUSED_DIM
+    elif name == "bwd" and query.element_size() == 2:
+        widest = 64
+    if short and width <= widest:
         way = "fused"
     else:
-        way = "split"
+        way = "split" if width <= MAX_NARROW_DIM else "wide"
     return pin_or(f"{name}_way", way)
 
 
-def splits_of(
-    tokens: int, programs: int, tensor: Tensor, launch: Launch, head_dim: int
-) -> tuple[int, int]:
-    """How many ranges of how many tokens, to fill the device with what runs at once on it."""
-    resident = 4 if head_dim <= 64 else 2 if head_dim <= MAX_NARROW_DIM else 1
-    wanted = round(resident * multiprocessors(tensor) / max(programs, 1))
+def splits_of(tokens: int, programs: int, tensor: Tensor, launch: Launch) -> tuple[int, int]:
+    """How many ranges of how many tokens: about two programs a multiprocessor, since more would
+    only write more partial states."""
+    wanted = math.ceil(1.9 * multiprocessors(tensor) / max(programs, 1))
     most = max(1, tokens // (4 * launch.block))
     splits = pin_or("splits", max(1, min(wanted, most)))
     blocks = -(-tokens // launch.block)

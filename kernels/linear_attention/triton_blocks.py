@@ -64,9 +64,7 @@ def load_tile(p_x, o_row, m_row, column, COLUMNS, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_features(
-    p_x, o_row, m_row, column, COLUMNS, WIDTH: tl.constexpr, FEATURE: tl.constexpr
-):
+def load_features(p_x, o_row, m_row, column, COLUMNS, WIDTH: tl.constexpr, FEATURE: tl.constexpr):
     """phi of a tile of rows; the padding of the channels is zero, also where phi(0) is not."""
     x = feature(load_tile(p_x, o_row, m_row, column, COLUMNS, WIDTH), FEATURE)
     if FEATURE == "elu1" and column + WIDTH > COLUMNS:
@@ -238,9 +236,7 @@ def sum_rows(
 
 
 @triton.jit
-def centre(
-    s00, s01, s10, s11, z0, z1, a0, a1, count, D1: tl.constexpr, E1: tl.constexpr
-):
+def centre(s00, s01, s10, s11, z0, z1, a0, a1, count, D1: tl.constexpr, E1: tl.constexpr):
     """sum (v - mean v) (phi - mean phi)^T from the sum around the shifts and the sums z, a."""
     s00 -= a0[:, None] * (z0 / count)[None, :]
     if D1 > 0:
@@ -253,9 +249,7 @@ def centre(
 
 
 @triton.jit
-def scale_cast(
-    s00, s01, s10, s11, factor, DTYPE: tl.constexpr, D1: tl.constexpr, E1: tl.constexpr
-):
+def scale_cast(s00, s01, s10, s11, factor, DTYPE: tl.constexpr, D1: tl.constexpr, E1: tl.constexpr):
     """The one cast of a state to what the tensor cores take."""
     s00 = (s00 * factor).to(DTYPE)
     if D1 > 0:

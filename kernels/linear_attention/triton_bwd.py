@@ -126,9 +126,7 @@ def _query_sweep(
             f0, f1, g0, g1, gains, d00, d01, d10, d11, dz0, dz1, b0, b1,
             D1, E1, OWN, SUM_V, PRECISION,
         )  # fmt: skip
-    dz0, dz1, b0, b1 = sum_rows(
-        d10, d11, dz0, dz1, b0, b1, E - E0, D1, E1, FOLD, RATIO, SUM_V
-    )
+    dz0, dz1, b0, b1 = sum_rows(d10, d11, dz0, dz1, b0, b1, E - E0, D1, E1, FOLD, RATIO, SUM_V)
     return d00, d01, d10, d11, dz0, dz1, b0, b1
 
 
@@ -352,9 +350,11 @@ def _linear_attention_bwd_fused_kernel(
     )  # fmt: skip
 
 
-def _shape_arguments(query: Tensor, value: Tensor, feature_map: str, normalizer: str) -> dict:
-    d0, d1 = configs.parts_of(query.shape[3])
-    e0, e1 = configs.parts_of(value.shape[3])
+def _shape_arguments(
+    kernel: str, query: Tensor, value: Tensor, feature_map: str, normalizer: str
+) -> dict:
+    d0, d1 = configs.parts_of(query.shape[3], "d", kernel)
+    e0, e1 = configs.parts_of(value.shape[3], "e", kernel)
     return {
         "D": query.shape[3], "D0": d0, "D1": d1, "E": value.shape[3], "E0": e0, "E1": e1,
         "FEATURE": configs.kernel_feature(feature_map, query), "NORMALIZER": normalizer,
@@ -373,7 +373,7 @@ def _fused(
     _linear_attention_bwd_fused_kernel[(batch * heads,)](
         *tensors, num_queries, key.shape[1], heads, scale, eps,
         *strides_in_vectors(vector, *tensors),
-        **_shape_arguments(query, value, feature_map, normalizer),
+        **_shape_arguments("bwd_fused", query, value, feature_map, normalizer),
         VECTOR=vector, BLOCK=launch.block, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
 
@@ -387,14 +387,14 @@ def _query_side(
     value_dim = d_out.shape[3]
     rows = batch * heads
     launch = configs.launch_of("bwd_queries", query, max(head_dim, value_dim))
-    ranges, share = configs.splits_of(num_queries, rows, query, launch, head_dim)
+    ranges, share = configs.splits_of(num_queries, rows, query, launch)
     parts = empty_parts(ranges, rows, head_dim, value_dim, query)
     vector = common_vector(d_out, query, dq)
     _linear_attention_bwd_queries_kernel[(rows * ranges,)](
         d_out, query, dq, state.matrix, state.key_row, *parts[:3],
         num_queries, share, rows, heads, scale, scale if normalizer == "none" else 1.0, eps,
         *strides_in_vectors(vector, d_out, query, dq),
-        **_shape_arguments(query, d_out, feature_map, normalizer),
+        **_shape_arguments("bwd_queries", query, d_out, feature_map, normalizer),
         VECTOR=vector, BLOCK=launch.block, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     factor = {"ratio": 1.0, "none": scale, "covariance": scale / num_keys}[normalizer]
@@ -411,13 +411,13 @@ def _key_side(
     batch, num_keys, heads, head_dim = key.shape
     rows = batch * heads
     launch = configs.launch_of("bwd_keys", key, max(head_dim, value.shape[3]))
-    ranges, share = configs.splits_of(num_keys, rows, key, launch, head_dim)
+    ranges, share = configs.splits_of(num_keys, rows, key, launch)
     tensors = (key, value, dk, dv)
     vector = common_vector(*tensors)
     _linear_attention_bwd_keys_kernel[(rows * ranges,)](
         *tensors, *d_state, state.key_row, state.value_row, num_keys, share, rows, heads,
         *strides_in_vectors(vector, *tensors),
-        **_shape_arguments(key, value, feature_map, normalizer),
+        **_shape_arguments("bwd_keys", key, value, feature_map, normalizer),
         VECTOR=vector, BLOCK=launch.block, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
 

@@ -24,7 +24,9 @@ from .triton_blocks import (
 from .triton_state import State, sweep
 
 
-@triton.jit(do_not_specialize=["num_queries", "rows", "heads", "scale", "eps", "do_sb", "q_sb", "dq_sb"])
+@triton.jit(
+    do_not_specialize=["num_queries", "rows", "heads", "scale", "eps", "do_sb", "q_sb", "dq_sb"]
+)
 def _linear_attention_bwd_dq_wide_kernel(
     p_do, p_q, p_dq, p_state, p_key_row, p_weight, p_gain, num_queries, rows, heads, scale, eps,
     do_sb, do_sn, do_sh, q_sb, q_sn, q_sh, dq_sb, dq_sn, dq_sh,
@@ -143,7 +145,7 @@ def query_side_wide(
     value_dim = d_out.shape[3]
     rows = batch * heads
     launch = configs.launch_of("bwd_dq_wide", query, max(head_dim, value_dim))
-    d0, d1 = configs.parts_of(head_dim)
+    d0, d1 = configs.parts_of(head_dim, "d", "bwd_wide")
     ratio = normalizer == "ratio"
     weight, gain = (
         empty(rows, num_queries if ratio else 0, like=query, dtype=torch.float32) for _ in range(2)
@@ -173,8 +175,8 @@ def key_side_wide(
     value_dim = value.shape[3]
     rows = batch * heads
     launch = configs.launch_of("bwd_dkv_wide", key, max(head_dim, value_dim))
-    d0, d1 = configs.parts_of(head_dim)
-    e0, e1 = configs.parts_of(value_dim)
+    d0, d1 = configs.parts_of(head_dim, "d", "bwd_wide")
+    e0, e1 = configs.parts_of(value_dim, "e", "bwd_wide")
     tensors = (key, value, dk, dv)
     vector = common_vector(*tensors)
     _linear_attention_bwd_dkv_wide_kernel[(rows * triton.cdiv(num_keys, launch.block),)](

@@ -1,7 +1,7 @@
 """Forward kernels of linear attention and their launchers.
 
-Three ways, which `configs.py` chooses between: one launch in which a program owns the state of one
-head; a sweep over the keys, then one over the queries, both split; or the quadratic order.
+Two ways, which `configs.py` chooses between: one launch in which a program owns the state of one
+head, or a sweep over the keys, then one over the queries, both split.
 """
 
 import torch
@@ -32,7 +32,6 @@ from .triton_blocks import (
     store_tile,
     value_shifts_of,
 )
-from .triton_quadratic import attend_quadratic
 from .triton_state import State, forward_state
 
 
@@ -162,9 +161,7 @@ def _linear_attention_fwd_apply_kernel(
     )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=["num_queries", "rows", "heads", "scale", "eps", "q_sb", "o_sb"]
-)
+@triton.jit(do_not_specialize=["num_queries", "rows", "heads", "scale", "eps", "q_sb", "o_sb"])
 def _linear_attention_fwd_apply_wide_kernel(
     p_q, p_o, p_state, p_key_row, p_value_row, num_queries, rows, heads, scale, eps,
     q_sb, q_sn, q_sh, o_sb, o_sn, o_sh,
@@ -212,8 +209,8 @@ def _fused(
     batch, num_queries, heads, head_dim = query.shape
     value_dim = value.shape[3]
     launch = configs.launch_of("fwd_fused", query, max(head_dim, value_dim))
-    d0, d1 = configs.parts_of(head_dim)
-    e0, e1 = configs.parts_of(value_dim)
+    d0, d1 = configs.parts_of(head_dim, "d", "fwd_fused")
+    e0, e1 = configs.parts_of(value_dim, "e", "fwd_fused")
     vector = common_vector(query, key, value, out)
     _linear_attention_fwd_fused_kernel[(batch * heads,)](
         query, key, value, out, num_queries, key.shape[1], heads, scale, eps,
@@ -232,7 +229,7 @@ def _apply(
     batch, num_queries, heads, head_dim = query.shape
     value_dim = out.shape[3]
     rows = batch * heads
-    e0, e1 = configs.parts_of(value_dim)
+    e0, e1 = configs.parts_of(value_dim, "e", "fwd_apply")
     vector = common_vector(query, out)
     common = {
         "D": head_dim, "E": value_dim, "E0": e0, "E1": e1,
@@ -249,8 +246,8 @@ def _apply(
         )  # fmt: skip
         return
     launch = configs.launch_of("fwd_apply", query, max(head_dim, value_dim))
-    d0, d1 = configs.parts_of(head_dim)
-    ranges, share = configs.splits_of(num_queries, rows, query, launch, head_dim)
+    d0, d1 = configs.parts_of(head_dim, "d", "fwd_apply")
+    ranges, share = configs.splits_of(num_queries, rows, query, launch)
     _linear_attention_fwd_apply_kernel[(rows * ranges,)](
         query, out, *state, num_queries, share, rows, heads, scale, eps, *strides, **common,
         D0=d0, D1=d1, BLOCK=launch.block, num_warps=launch.warps, num_stages=launch.stages,
@@ -273,8 +270,6 @@ def linear_attention_fwd(
         way = configs.way_of("fwd", query, key, value)
         if way == "fused":
             _fused(query, key, value, out, *options)
-        elif way == "quadratic":
-            attend_quadratic(query, key, value, out, *options)
         else:
             state = forward_state(key, value, feature_map, normalizer, scale)
             _apply(query, out, state, way == "wide", *options)

@@ -69,9 +69,7 @@ def _linear_attention_fwd_moments_kernel(
     )  # fmt: skip
     if FINAL:
         if CENTRED:
-            s00, s01, s10, s11 = centre(
-                s00, s01, s10, s11, z0, z1, a0, a1, count, D1, E1
-            )
+            s00, s01, s10, s11 = centre(s00, s01, s10, s11, z0, z1, a0, a1, count, D1, E1)
             z0 = ck0 + z0 / count
             if D1 > 0:
                 z1 = ck1 + z1 / count
@@ -176,7 +174,14 @@ def empty_parts(splits: int, rows: int, head_dim: int, value_dim: int, like: Ten
 
 
 def reduce_parts(
-    parts: Parts, like: Tensor, *, factor: float, count: int, centred: bool, sum_k: bool, sum_v: bool
+    parts: Parts,
+    like: Tensor,
+    *,
+    factor: float,
+    count: int,
+    centred: bool,
+    sum_k: bool,
+    sum_v: bool,
 ) -> State:
     """The finished state; see the kernel."""
     splits, rows, value_dim, head_dim = parts.matrix.shape
@@ -211,10 +216,10 @@ def sweep(
     rows = batch * heads
     launch = configs.launch_of("fwd_moments", key, max(head_dim, min(value_dim, 128)))
     columns = configs.value_block(head_dim, value_dim, key.element_size())
-    d0, d1 = configs.parts_of(head_dim)
-    e0, e1 = configs.parts_of(columns)
+    d0, d1 = configs.parts_of(head_dim, "d", "fwd_moments")
+    e0, e1 = configs.parts_of(columns, "e", "fwd_moments")
     blocks = triton.cdiv(value_dim, columns)
-    splits, share = configs.splits_of(tokens, rows * blocks, key, launch, head_dim)
+    splits, share = configs.splits_of(tokens, rows * blocks, key, launch)
     sums = {"sum_k": sum_k, "sum_v": sum_v, "centred": centred}
     if splits == 1:
         state = empty_state(rows, head_dim, value_dim, key)

@@ -1,6 +1,7 @@
 """Launch tables of the token convolution.
 
-Keys: (architecture, kernel size); unlisted ones take the row of architecture 0.
+Keys: (architecture, kernel size); unlisted ones take the row of architecture 0. Size 5 and below
+were measured on one H100 80GB HBM3, torch 2.11, triton 3.6, 2026-11-24.
 """
 
 from dataclasses import dataclass
@@ -26,14 +27,12 @@ class Launch:
 Table = dict[tuple[int, int], Launch]
 
 FWD: Table = {
-    (0, 3): Launch(16, 64, 2, 4, 16),
-    (0, 5): Launch(16, 64, 2, 4, 16),
-    (0, 99): Launch(4, 32, 1, 4, 16),
+    (0, 5): Launch(8, 64, 2, 4, 16),
+    (0, 7): Launch(4, 32, 1, 4, 16),
 }
 BWD_WEIGHT: Table = {
-    (0, 3): Launch(16, 64, 2, 4, 16),
-    (0, 5): Launch(16, 64, 2, 4, 16),
-    (0, 99): Launch(4, 32, 1, 4, 16),
+    (0, 5): Launch(8, 64, 2, 4, 16),
+    (0, 7): Launch(4, 32, 1, 4, 16),
 }
 TABLES: dict[str, Table] = {"conv_fwd": FWD, "conv_bwd_weight": BWD_WEIGHT}
 # Beyond, the weights of even one channel do not fit in the registers of a thread.
@@ -53,4 +52,4 @@ def launch_of(name: str, tokens: Tensor, size: int) -> Launch:
 def rows_of(launch: Launch, programs: int, height: int, tokens: Tensor) -> int:
     """Rows a program walks down: fewer than the table says where programs are few."""
     wanted = 8 * multiprocessors(tokens) / max(programs, 1)
-    return max(4, min(launch.rows, round(height / max(wanted, 1))), 1) if wanted > 1 else launch.rows
+    return max(4, min(launch.rows, round(height / max(wanted, 1))))

@@ -4,11 +4,13 @@ import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
 
-from lintra.diffusion import LiTTransformer2DModel, inherit_weights
+from lintra.diffusion import (
+    LiTTransformer2DModel,
+    OfficialDiTTransformer2DModel,
+    inherit_weights,
+)
 from lintra.diffusion.inheritance import POLICIES
-from tiny_models import inputs, tiny_dit, tiny_lit
-
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out")
+from tiny_models import TINY, inputs, tiny_dit, tiny_lit
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -22,14 +24,11 @@ def test_report_tells_what_happened(policy):
     for name, shape in report.inherited.items():
         assert torch.equal(mine[name], theirs[name])
         assert shape == tuple(mine[name].shape)
-    attention = {name for name in mine if ".attn1." in name}
-    if policy == "all_but_attention":
-        assert set(report.initialized) == attention
-        assert set(report.left_out) == {name for name in theirs if ".attn1." in name}
-    else:
-        assert set(report.initialized) == {name for name in attention if ".dwc." in name}
-        assert report.left_out == {}
-        assert any(".to_out." in name for name in report.inherited)
+    taken = {f"{projection}." for projection in POLICIES[policy]}
+    fresh = {name for name in mine if ".attn1." in name and not any(t in name for t in taken)}
+    assert set(report.initialized) == fresh
+    assert set(report.left_out) == {name for name in fresh if ".dwc." not in name}
+    assert all(any(projection in name for name in report.inherited) for projection in taken)
     text = str(report)
     assert policy in text
     assert "transformer_blocks.*.attn1.dwc.weight (32, 1, 5, 5)" in text
@@ -50,6 +49,16 @@ def test_a_lit_may_teach_another():
     student = LiTTransformer2DModel.from_teacher(teacher, num_linear_heads=4, conv_kernel_size=3)
     assert student.transformer_blocks[0].attn1.heads == 4
     assert student.proj_out_2.weight.equal(teacher.proj_out_2.weight)
+
+
+def test_the_time_frequencies_are_the_teachers():
+    official = OfficialDiTTransformer2DModel(**TINY)
+    assert LiTTransformer2DModel.from_teacher(official).config.time_freq_shift == 0.0
+    assert LiTTransformer2DModel.from_teacher(tiny_dit()).config.time_freq_shift == 1.0
+    with pytest.raises(ValueError, match="`teacher` must fit .* time_freq_shift 0.0 != 1.0"):
+        LiTTransformer2DModel.from_teacher(tiny_dit(), time_freq_shift=0.0)
+    with pytest.raises(ValueError, match="`teacher` must fit .* time_freq_shift 1.0 != 0.0"):
+        LiTTransformer2DModel.from_teacher(official, time_freq_shift=1.0)
 
 
 def test_the_student_may_have_another_sample_size():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -69,6 +70,7 @@ def test_distillation_end_to_end(teacher, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_precisions_on_a_gpu(teacher, tmp_path, precision):
+    AcceleratorState._reset_state(reset_partial_state=True)  # one precision a process, otherwise
     training = {"mixed_precision": precision, "max_train_steps": 20}
     result = Trainer(distillation_recipe(tmp_path, teacher, training=training)).run()
     rows = losses(tmp_path)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lintra.diffusion import LiTTransformer2DModel, assert_linear
 from lintra.diffusion.attention.linear import LiTAttention, LiTAttnProcessor
-from lintra.diffusion.models.transformer_lit import default_num_linear_heads
+from lintra.diffusion.models.linear_blocks import default_num_linear_heads
 from tiny_models import TINY, inputs, tiny_dit, tiny_lit
 
 
@@ -225,7 +225,7 @@ def test_errors(lit):
     with pytest.raises(ValueError, match="`conv_kernel_size` must be odd, or 0 for none, got 4"):
         LiTTransformer2DModel(**TINY, conv_kernel_size=4)
     with pytest.raises(ValueError, match="`feature_map` must be one of"):
-        tiny_lit(linear_feature_map="sine")(**inputs())
+        tiny_lit(linear_feature_map="sine")
     attention, x = LiTAttention(8, 1), torch.zeros(1, 4, 8)
     with pytest.raises(ValueError, match="`grid` must be .* got None"):
         attention(x)

@@ -218,7 +218,22 @@ GOOD = torch.zeros(2, 5, 3, 8)
         ),
         ({"key": GOOD.half()}, TypeError, "`key` must have dtype torch.float32, got torch.float16"),
         ({"value": GOOD.to("meta")}, ValueError, "`value` must be on cpu, got meta"),
-        ({"impl": "triton"}, NotImplementedError, "`impl` must not be 'triton' .* not built yet"),
+        (
+            {"impl": "triton"} | dict.fromkeys(("query", "key", "value"), GOOD.double()),
+            NotImplementedError,
+            "`impl` must not be 'triton' .* kernels take float16, .*, got torch.float64",
+        ),
+        (
+            {"impl": "triton"}
+            | dict.fromkeys(("query", "key", "value"), torch.zeros(1, 1, 1, 321)),
+            NotImplementedError,
+            "`impl` must not be 'triton' .* take 1 to 320 head channels, got 321",
+        ),
+        (
+            {"impl": "triton", "value": torch.zeros(2, 5, 3, 321)},
+            NotImplementedError,
+            "`impl` must not be 'triton' .* take 1 to 320 value channels, got 321",
+        ),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

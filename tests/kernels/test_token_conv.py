@@ -111,7 +111,16 @@ TOKENS, WEIGHT = torch.zeros(2, 12, 4), torch.zeros(4, 3, 3)
         ({"bias": torch.zeros(3)}, ValueError, r"`bias` must have shape \(C\) = \(4,\), got"),
         ({"residual": TOKENS[:, :3]}, ValueError, "`residual` must have shape"),
         ({"residual": TOKENS.half()}, TypeError, "`residual` must have dtype torch.float32"),
-        ({"impl": "triton"}, NotImplementedError, "`impl` must not be 'triton' .* not built yet"),
+        (
+            {"impl": "triton", "tokens": TOKENS.double()},
+            NotImplementedError,
+            "`impl` must not be 'triton' .* kernels take float16, .*, got torch.float64",
+        ),
+        (
+            {"impl": "triton", "weight": torch.zeros(4, 9, 9)},
+            NotImplementedError,
+            "`impl` must not be 'triton' .* take sizes up to 7, got 9",
+        ),
     ],
 )
 def test_errors(changes, error, message):

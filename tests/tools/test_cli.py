@@ -51,8 +51,10 @@ def test_a_tool_is_called_by_its_full_name(capsys: pytest.CaptureFixture[str]) -
 def test_an_unknown_command_is_one_clear_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["destill"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    names = "distill, train, sample, evaluate, bench, demo"
-    assert line == f"lintra: command must be one of {names}, got 'destill'"
+    assert line == (
+        "lintra: command must be one of distill, train, sample, evaluate, train-backbone, convert,"
+        " bench, demo, got 'destill'"
+    )
 
 
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:

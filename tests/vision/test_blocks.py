@@ -13,8 +13,8 @@ from lintra.vision.attention import (
     SimplifiedLinearAttention,
     SpatialReductionAttention,
 )
-from lintra.vision.models.hierarchical import HierarchicalBlock
 from lintra.vision.models.linear_deit import LinearViTBlock
+from lintra.vision.models.stages import HierarchicalBlock
 from lintra.vision.norm import norm_factory
 
 TOLERANCE = 1e-6

@@ -67,3 +67,12 @@ def test_exports_before_folding(name: str) -> None:
     model = shallow(name).eval()
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+@pytest.mark.parametrize("name", sorted(QUICK))
+@torch.no_grad()
+def test_traces(name: str) -> None:
+    model = shallow(name).eval()
+    traced = torch.jit.trace(model, torch.randn(2, 3, 64, 64), check_trace=False)
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(traced(x), model(x))

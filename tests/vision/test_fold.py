@@ -223,6 +223,9 @@ def test_refused_folds() -> None:
     with pytest.raises(ValueError, match=r"`model` must have a Linear .* stand alone: 1$"):
         fold_norms(model)
     assert isinstance(model[1], RepBN)
+    model = nn.ModuleDict({"repbn": RepBN(6)})
+    with pytest.raises(ValueError, match=r"stand alone: repbn$"):
+        fold_norms(model)
     model = create_small("deit_tiny_prepbn_patch16_224", qk_norm=True)
     with pytest.raises(ValueError, match=r"stand alone: blocks.0.attn.q_norm"):
         fold_norms(model)

@@ -11,7 +11,7 @@ from timm.models._hub import save_for_hf
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
-from lintra.vision import PRepBN
+from lintra.vision import PRepBN, fold_norms
 from vision_names import NAMES, create_small
 
 ONE_A_FAMILY = [
@@ -255,6 +255,21 @@ def test_saves_for_timm(name: str, tmp_path) -> None:
     torch.testing.assert_close(loaded(x), model(x))
 
 
+@pytest.mark.parametrize(
+    "name", ["deit_tiny_slab_patch16_224", "swin_tiny_slab_patch4_window56_224", "pvt_tiny_slab"]
+)
+@torch.no_grad()
+def test_saves_folded_for_timm(name: str, tmp_path) -> None:
+    model = fold_norms(create_small(name, img_size=72).eval())
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = image(size=(72, 72))
+    torch.testing.assert_close(loaded(x), model(x))
+    features = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
+    expected = model.forward_head(model.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(features(x), expected)
+
+
 @one_a_family
 @torch.no_grad()
 def test_copies_and_pickles(name: str) -> None:
@@ -292,6 +307,8 @@ def test_more_errors() -> None:
         create_small(name, head_dim=8)
     with pytest.raises(ValueError, match=r"`output_fmt` must be NCHW or NHWC, got 'NLC'"):
         create_small("pvt_tiny_slab").forward_intermediates(image(), output_fmt="NLC")
+    with pytest.raises(ValueError, match=r"`patch_size` must be 4, got 8"):
+        create_small("pvt_tiny_slab").set_input_size(patch_size=8)
     model = create_small("deit_tiny_slab_patch16_224")
     with pytest.raises(ValueError, match=r"`attn_mask` must be None for linear attention"):
         model(image(), attn_mask=torch.zeros(16, 16))

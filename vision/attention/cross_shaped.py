@@ -1,5 +1,7 @@
 """Softmax attention of CSwin: half of the heads in vertical stripes, half in horizontal ones."""
 
+from typing import Any
+
 import torch
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
@@ -41,7 +43,7 @@ class CrossShapedWindowAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if dim % num_heads or num_heads % num_branches:
             raise ValueError(
                 f"`num_heads` must divide dim {dim} and be a multiple of {num_branches} branches,"
@@ -71,7 +73,7 @@ class CrossShapedWindowAttention(nn.Module):
             return height, min(self.split_size, width)
         return min(self.split_size, height), width
 
-    def _attend(self, qkv: Tensor, lepe: nn.Conv2d, stripe: Grid) -> Tensor:
+    def _attend(self, qkv: Tensor, lepe: Any, stripe: Grid) -> Tensor:
         """``qkv`` (B, h, w, 3 C') to (B, h, w, C') within stripes."""
         _, height, width, channels = qkv.shape
         below, right = -height % stripe[0], -width % stripe[1]

@@ -58,7 +58,7 @@ class InLineAttention(LinearMixer):
         if kernel_func not in KERNEL_FUNCTIONS:
             names = ", ".join(KERNEL_FUNCTIONS)
             raise ValueError(f"`kernel_func` must be one of {names}, got {kernel_func!r}")
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, grid=grid, **kwargs, **dd)
         self.kernel_func = kernel_func
         self.reads_context = raw_context

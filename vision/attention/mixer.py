@@ -1,5 +1,7 @@
 """What the linear token mixers share: projections, spatial reduction, local term, class tokens."""
 
+from typing import Any
+
 import torch
 from timm.layers import LayerNorm
 from torch import Tensor, nn
@@ -55,12 +57,12 @@ class LinearMixer(Foldable, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if dim % num_heads:
             raise ValueError(f"`dim` must be a multiple of num_heads {num_heads}, got {dim}")
         self.dim = dim
         self.num_heads = num_heads
-        self.grid = tuple(grid)
+        self.grid: Grid = (grid[0], grid[1])
         self.num_prefix_tokens = num_prefix_tokens
         self.sr_ratio = sr_ratio
         self.fused_qkv = fused_qkv
@@ -94,7 +96,7 @@ class LinearMixer(Foldable, nn.Module):
 
     def set_input_size(self, grid: Grid) -> None:
         """Makes `grid` the usual one; position tables are resized."""
-        self.grid = tuple(grid)
+        self.grid = (grid[0], grid[1])
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
@@ -136,8 +138,8 @@ class LinearMixer(Foldable, nn.Module):
         values = v.flatten(2)
         if self.sr_ratio > 1:
             # Along the flattened tokens, not in the plane: how the official weights were trained.
-            values = values.transpose(1, 2)
-            values = F.interpolate(values, size=q.shape[1], mode="linear").transpose(1, 2)
+            resized = F.interpolate(values.transpose(1, 2), size=q.shape[1], mode="linear")
+            values = resized.transpose(1, 2).to(out.dtype)
         weight, bias = self.local_kernel(mean)
         prefix = self.num_prefix_tokens
         if not prefix:
@@ -158,7 +160,7 @@ class LinearMixer(Foldable, nn.Module):
         Returns:
             ``(B, N, C)``.
         """
-        grid = self.grid if grid is None else grid
+        grid = self.grid if grid is None else (grid[0], grid[1])
         mean = (x if context is None else context).mean(dim=1)
         out = self.mix(*self.project(x, grid), mean, grid)
         return self.proj_drop(self.proj(out))

@@ -39,7 +39,7 @@ class SimplifiedLinearAttention(LinearMixer):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, grid=grid, sr_ratio=sr_ratio, **kwargs, **dd)
         head_dim = dim // num_heads
         self.dwc = nn.Conv2d(
@@ -80,10 +80,10 @@ class SimplifiedLinearAttention(LinearMixer):
 
     def local_kernel(self, mean: Tensor) -> tuple[Tensor, Tensor | None]:
         weight = self.dwc.weight.squeeze(1).repeat(self.num_heads, 1, 1)
-        bias = self.dwc.bias.repeat(self.num_heads)
+        bias = self.dwc.get_parameter("bias").repeat(self.num_heads)
         if self.lepe is not None:
             # Both convolve v: one pass with the sum of the kernels, the smaller one padded.
             border = (weight.shape[-1] - 3) // 2
             weight = weight + F.pad(self.lepe.weight.squeeze(1), [border] * 4)
-            bias = bias + self.lepe.bias
+            bias = bias + self.lepe.get_parameter("bias")
         return weight, bias

@@ -37,7 +37,7 @@ class SpatialReductionAttention(Foldable, Attention):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, sr_ratio=sr_ratio, **kwargs, **dd)
         self.sr_ratio = sr_ratio
         if sr_ratio > 1:

@@ -1,214 +1,25 @@
-"""What PVT and CSwin share: four stages of blocks on channels-last maps, in timm's manner."""
+"""The backbone around the stages of PVT and CSwin, in timm's manner."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import (
-    ClassifierHead,
-    DropPath,
-    Mlp,
-    get_device_dtype,
-    resample_abs_pos_embed,
-    to_2tuple,
-    trunc_normal_,
-)
+from timm.layers import ClassifierHead, get_device_dtype, to_2tuple
 from timm.models._features import feature_take_indices
-from timm.models._features_fx import register_notrace_module
-from timm.models._manipulate import checkpoint_seq, named_apply
+from timm.models._manipulate import named_apply
 from timm.models.vision_transformer import get_init_weights_vit
 from torch import Tensor, nn
 
-from ..fold import Foldable, NormSite
-from ..norm import NormFactory
 from .readout import FoldableReadout, exempt_from_decay
+from .stages import ConvEmbed, Grid, HierarchicalStage
 
 try:  # timm >= 1.0.31 records the size, so that `save_for_hf` saves it
     from timm.models._input import update_model_input_size
 except ImportError:
     update_model_input_size = None
 
-Grid = tuple[int, int]
 
-
-@register_notrace_module
-class ConvEmbed(Foldable, nn.Module):
-    """A strided convolution and a norm; the norm folds back into the convolution.
-
-    Args:
-        in_chans: channels of the image or map.
-        dim: channels of the tokens.
-        kernel_size: of the convolution, pixels.
-        stride: pixels.
-        padding: pixels.
-        norm_layer: constructor of the norm.
-
-    Shape:
-        ``(B, C, H, W)`` to ``(B, h, w, dim)``.
-
-    Raises:
-        ValueError: an image smaller than the kernel.
-    """
-
-    def __init__(
-        self,
-        in_chans: int,
-        dim: int,
-        kernel_size: int,
-        stride: int,
-        padding: int,
-        norm_layer: NormFactory,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride=stride, padding=padding, **dd)
-        self.norm = norm_layer(dim, **dd)
-
-    def output_grid(self, size: Grid) -> Grid:
-        """Tokens for an image or map of `size`."""
-        (kernel, _), (stride, _), (padding, _) = (
-            self.proj.kernel_size,
-            self.proj.stride,
-            self.proj.padding,
-        )
-        if min(size) + 2 * padding < kernel:
-            side = kernel - 2 * padding
-            raise ValueError(
-                f"`img_size` must give every stage a map of at least {side} x {side},"
-                f" got {size[0]} x {size[1]}"
-            )
-        return tuple((side + 2 * padding - kernel) // stride + 1 for side in size)
-
-    def norm_sites(self) -> list[NormSite]:
-        return [NormSite(self, "norm", writer=self.proj)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.output_grid(x.shape[-2:])
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
-
-
-@register_notrace_module
-class HierarchicalBlock(Foldable, nn.Module):
-    """Pre-norm attention and Mlp on a channels-last map.
-
-    Args:
-        dim: channels.
-        attn: takes tokens (B, N, C) and their grid; says its `input_layers`.
-        mlp_ratio: hidden channels of the Mlp, in units of `dim`.
-        norm_layer: constructor of both norms.
-        drop_path: rate of stochastic depth.
-        proj_drop: dropout in the Mlp.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        attn: nn.Module,
-        mlp_ratio: float,
-        norm_layer: NormFactory,
-        drop_path: float = 0.0,
-        proj_drop: float = 0.0,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.norm1 = norm_layer(dim, **dd)
-        self.attn = attn
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-        self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def norm_sites(self) -> list[NormSite]:
-        return [
-            NormSite(self, "norm1", readers=self.attn.input_layers()),
-            NormSite(self, "norm2", readers=[self.mlp.fc1]),
-        ]
-
-    def forward(self, x: Tensor) -> Tensor:
-        grid = (x.shape[1], x.shape[2])
-        x = x.flatten(1, 2)  # (B, N, C)
-        if getattr(self.attn, "reads_context", False):
-            mixed = self.attn(self.norm1(x), grid, x)
-        else:
-            mixed = self.attn(self.norm1(x), grid)
-        x = x + self.drop_path1(mixed)
-        x = x + self.drop_path2(self.mlp(self.norm2(x)))
-        return x.unflatten(1, grid)
-
-
-@register_notrace_module
-class HierarchicalStage(nn.Module):
-    """Downsampling, an optional position table, and blocks.
-
-    Args:
-        downsample: ConvEmbed from the map before; Identity in the first stage.
-        blocks: the blocks.
-        grid: ``(h, w)``, the usual map.
-        dim: channels.
-        use_pos_embed: adds a learned table with a row a token, resampled for other maps.
-    """
-
-    def __init__(
-        self,
-        downsample: nn.Module,
-        blocks: Sequence[nn.Module],
-        grid: Grid,
-        dim: int,
-        use_pos_embed: bool,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.table_grid = grid
-        self.downsample = downsample
-        self.pos_embed = None
-        if use_pos_embed:
-            table = torch.empty(1, grid[0] * grid[1], dim, device=device, dtype=dtype)
-            self.pos_embed = nn.Parameter(table)
-        self.blocks = nn.Sequential(*blocks)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        if self.pos_embed is not None:
-            trunc_normal_(self.pos_embed, std=0.02)
-
-    def _positions(self, grid: Grid) -> Tensor:
-        if grid == self.table_grid:
-            return self.pos_embed
-        return resample_abs_pos_embed(
-            self.pos_embed,
-            new_size=list(grid),
-            old_size=list(self.table_grid),
-            num_prefix_tokens=0,
-        )
-
-    def set_input_size(self, grid: Grid) -> None:
-        """Makes `grid` the usual map; position tables are resized."""
-        if self.pos_embed is not None:
-            table = self._positions(grid).detach()
-            self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
-        self.table_grid = grid
-        for block in self.blocks:
-            if hasattr(block.attn, "set_input_size"):
-                block.attn.set_input_size(grid)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(self.downsample, nn.Identity):
-            x = self.downsample(x.permute(0, 3, 1, 2))
-        if self.pos_embed is not None:
-            grid = (x.shape[1], x.shape[2])
-            x = x + self._positions(grid).unflatten(1, grid)
-        if self.grad_checkpointing and not torch.jit.is_tracing():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-
-class HierarchicalBackbone(FoldableReadout, nn.Module):
+class HierarchicalBackbone(FoldableReadout):
     """A stem, stages, an optional final norm, pooling and a classifier.
 
     Args:
@@ -288,6 +99,7 @@ class HierarchicalBackbone(FoldableReadout, nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Computes blocks a second time in the backward pass to save memory."""
+        stage: Any
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
@@ -295,13 +107,22 @@ class HierarchicalBackbone(FoldableReadout, nn.Module):
         """The classifier, an Identity without classes."""
         return self.head.fc
 
-    def set_input_size(self, img_size: int | Grid) -> None:
+    def set_input_size(
+        self, img_size: int | Grid | None = None, patch_size: int | None = None
+    ) -> None:
         """Makes `img_size` the usual one: position tables are resized once instead of each time.
 
         Args:
-            img_size: ``(height, width)``, pixels.
+            img_size: ``(height, width)``, pixels; None keeps it.
+            patch_size: only for the signature that timm's models share: 4 or None.
+
+        Raises:
+            ValueError: another patch size, or an image too small for the stages.
         """
-        size = to_2tuple(img_size)
+        if patch_size not in (None, 4, (4, 4)):
+            raise ValueError(f"`patch_size` must be 4, got {patch_size}")
+        size = self.img_size if img_size is None else to_2tuple(img_size)
+        stage: Any
         grids = [self.patch_embed.output_grid(size)]
         for stage in self.stages[1:]:
             grids.append(stage.downsample.output_grid(grids[-1]))

@@ -13,15 +13,30 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from ..attention import MIXERS, CrossShapedWindowAttention
-from .hierarchical import (
-    ConvEmbed,
-    Grid,
-    HierarchicalBackbone,
-    HierarchicalBlock,
-    HierarchicalStage,
-)
+from .hierarchical import HierarchicalBackbone
 from .loading import filter_checkpoint
 from .options import Choice, attention_choices, default_cfg, norm_choices
+from .stages import ConvEmbed, Grid, build_stage
+
+
+def _mixer(
+    kind: str,
+    dim: int,
+    num_heads: int,
+    *,
+    grid: Grid,
+    split_size: int,
+    num_branches: int,
+    attn_drop: float,
+    **kwargs: Any,
+) -> nn.Module:
+    if kind == "softmax":
+        return CrossShapedWindowAttention(
+            dim, num_heads, split_size, num_branches, attn_drop=attn_drop, **kwargs
+        )
+    # InLine-CSwin makes its local kernels from the block's un-normed input.
+    extra: dict[str, Any] = {"raw_context": True} if kind == "inline" else {}
+    return MIXERS[kind](dim, num_heads, grid=grid, lepe=True, **extra, **kwargs)
 
 
 class LinearCSwinTransformer(HierarchicalBackbone):
@@ -78,7 +93,7 @@ class LinearCSwinTransformer(HierarchicalBackbone):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         kinds = attention_choices(attn, depths)
         norms = norm_choices(norm, depths, norm_eps)
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
@@ -91,37 +106,35 @@ class LinearCSwinTransformer(HierarchicalBackbone):
             if index:
                 downsample = ConvEmbed(dims[index - 1], dim, 3, 2, 1, norms[index][0], **dd)
                 grid = downsample.output_grid(grid)
-            blocks = []
-            for block in range(depths[index]):
-                kind = kinds[index][block]
-                common = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **dd}
-                if kind == "softmax":
-                    mixer = CrossShapedWindowAttention(
-                        dim,
-                        num_heads[index],
-                        split_sizes[index],
-                        num_branches=1 if index == len(dims) - 1 else 2,
-                        attn_drop=attn_drop_rate,
-                        **common,
-                    )
-                else:
-                    # InLine-CSwin makes its local kernels from the block's un-normed input.
-                    extra = {"raw_context": True} if kind == "inline" else {}
-                    mixer = MIXERS[kind](
-                        dim, num_heads[index], grid=grid, lepe=True, **extra, **common
-                    )
-                blocks.append(
-                    HierarchicalBlock(
-                        dim,
-                        mixer,
-                        mlp_ratio,
-                        norms[index][block],
-                        rates[index][block],
-                        proj_drop_rate,
-                        **dd,
-                    )
+            mixers = [
+                _mixer(
+                    kind,
+                    dim,
+                    num_heads[index],
+                    grid=grid,
+                    split_size=split_sizes[index],
+                    num_branches=1 if index == len(dims) - 1 else 2,
+                    attn_drop=attn_drop_rate,
+                    qkv_bias=qkv_bias,
+                    proj_drop=proj_drop_rate,
+                    **dd,
                 )
-            stages.append(HierarchicalStage(downsample, blocks, grid, dim, False, **dd))
+                for kind in kinds[index]
+            ]
+            stages.append(
+                build_stage(
+                    downsample,
+                    mixers,
+                    norms[index],
+                    rates[index],
+                    grid=grid,
+                    dim=dim,
+                    mlp_ratio=mlp_ratio,
+                    proj_drop=proj_drop_rate,
+                    use_pos_embed=False,
+                    **dd,
+                )
+            )
         super().__init__(
             stem,
             stages,

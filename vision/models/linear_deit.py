@@ -4,6 +4,7 @@ Touvron et al. 2021 (arXiv:2012.12877); Guo et al. 2024, SLAB (arXiv:2405.11582)
 InLine (arXiv:2412.06590).
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class LinearViTBlock(FoldableViTBlock):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         kwargs["attn_layer"] = _NoAttention
         super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_drop=proj_drop, **kwargs, **dd)
         self.grid: tuple[int, int] | None = None  # None is the mixer's usual grid
@@ -96,6 +97,11 @@ class LinearViTBlock(FoldableViTBlock):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
+def _as_stage(value: str | Sequence[str]) -> Choice:
+    """A choice for all blocks, or one a block, as that of the only stage."""
+    return value if isinstance(value, str) else [value]
+
+
 class LinearVisionTransformer(FoldableReadout, VisionTransformer):
     """timm's VisionTransformer with linear attention and foldable norms, chosen block by block.
 
@@ -110,20 +116,26 @@ class LinearVisionTransformer(FoldableReadout, VisionTransformer):
         ValueError: an unknown choice, or an image smaller than a patch.
     """
 
+    patch_embed: Any
+    blocks: Any
+    head_drop: nn.Module
+    pool: Callable[[Tensor], Tensor]
+    global_pool: str
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
         patch_size: int | tuple[int, int] = 16,
-        attn: Choice = "softmax",
-        norm: Choice = "ln",
+        attn: str | Sequence[str] = "softmax",
+        norm: str | Sequence[str] = "ln",
         norm_eps: float = 1e-6,
         depth: int = 12,
         class_token: bool = True,
         reg_tokens: int = 0,
         **kwargs: Any,
     ) -> None:
-        kinds = attention_choices(attn if isinstance(attn, str) else [attn], [depth])[0]
-        norms = norm_choices(norm if isinstance(norm, str) else [norm], [depth], norm_eps)[0]
+        kinds = attention_choices(_as_stage(attn), [depth])[0]
+        norms = norm_choices(_as_stage(norm), [depth], norm_eps)[0]
         grid = patch_grid(img_size, patch_size)
 
         def block(*, depth: int, norm_layer: Any, **kwargs: Any) -> nn.Module:

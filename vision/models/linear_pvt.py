@@ -13,15 +13,18 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from ..attention import MIXERS, SpatialReductionAttention
-from .hierarchical import (
-    ConvEmbed,
-    Grid,
-    HierarchicalBackbone,
-    HierarchicalBlock,
-    HierarchicalStage,
-)
+from .hierarchical import HierarchicalBackbone
 from .loading import filter_checkpoint
 from .options import Choice, attention_choices, default_cfg, norm_choices
+from .stages import ConvEmbed, Grid, HierarchicalStage, build_stage
+
+
+def _mixer(
+    kind: str, dim: int, num_heads: int, *, grid: Grid, attn_drop: float, **kwargs: Any
+) -> nn.Module:
+    if kind == "softmax":
+        return SpatialReductionAttention(dim, num_heads, attn_drop=attn_drop, **kwargs)
+    return MIXERS[kind](dim, num_heads, grid=grid, fused_qkv=False, **kwargs)
 
 
 class LinearPyramidTransformer(HierarchicalBackbone):
@@ -81,54 +84,49 @@ class LinearPyramidTransformer(HierarchicalBackbone):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         kinds = attention_choices(attn, depths)
         norms = norm_choices(norm, depths, norm_eps)
         patch_eps = norm_eps if patch_norm_eps is None else patch_norm_eps
         patch_norms = norm_choices(norm, depths, patch_eps)
         rates = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
-        stem, stages = None, []
+        stages: list[HierarchicalStage] = []
         grid, previous = to_2tuple(img_size), in_chans
         for index, dim in enumerate(embed_dims):
             side = 2 if index else 4
             embed = ConvEmbed(previous, dim, side, side, 0, patch_norms[index][0], **dd)
             grid, previous = embed.output_grid(grid), dim
-            stem = stem or embed
-            blocks = []
-            for block in range(depths[index]):
-                common = {"qkv_bias": qkv_bias, "proj_drop": proj_drop_rate, **dd}
-                if kinds[index][block] == "softmax":
-                    mixer = SpatialReductionAttention(
-                        dim,
-                        num_heads[index],
-                        sr_ratio=sr_ratios[index],
-                        norm_layer=norms[index][block],
-                        attn_drop=attn_drop_rate,
-                        **common,
-                    )
-                else:
-                    mixer = MIXERS[kinds[index][block]](
-                        dim,
-                        num_heads[index],
-                        grid=grid,
-                        fused_qkv=False,
-                        sr_ratio=linear_sr_ratios[index],
-                        norm_layer=norms[index][block],
-                        **common,
-                    )
-                blocks.append(
-                    HierarchicalBlock(
-                        dim,
-                        mixer,
-                        mlp_ratios[index],
-                        norms[index][block],
-                        rates[index][block],
-                        proj_drop_rate,
-                        **dd,
-                    )
+            if index == 0:
+                stem = embed
+            mixers = [
+                _mixer(
+                    kind,
+                    dim,
+                    num_heads[index],
+                    grid=grid,
+                    sr_ratio=(sr_ratios if kind == "softmax" else linear_sr_ratios)[index],
+                    norm_layer=layer,
+                    attn_drop=attn_drop_rate,
+                    qkv_bias=qkv_bias,
+                    proj_drop=proj_drop_rate,
+                    **dd,
                 )
-            downsample = embed if index else nn.Identity()
-            stages.append(HierarchicalStage(downsample, blocks, grid, dim, True, **dd))
+                for kind, layer in zip(kinds[index], norms[index], strict=True)
+            ]
+            stages.append(
+                build_stage(
+                    embed if index else nn.Identity(),
+                    mixers,
+                    norms[index],
+                    rates[index],
+                    grid=grid,
+                    dim=dim,
+                    mlp_ratio=mlp_ratios[index],
+                    proj_drop=proj_drop_rate,
+                    use_pos_embed=True,
+                    **dd,
+                )
+            )
         super().__init__(
             stem,
             stages,

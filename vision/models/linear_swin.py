@@ -4,7 +4,7 @@ Liu et al. 2021 (arXiv:2103.14030); Guo et al. 2024, SLAB (arXiv:2405.11582); Ha
 InLine (arXiv:2412.06590).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,11 @@ class LinearSwinTransformer(FoldableReadout, SwinTransformer):
         ValueError: an unknown choice, an image smaller than a patch, windows that do not divide.
     """
 
+    patch_embed: Any
+    layers: Any
+    _ref_window_sizes: tuple[tuple[int, int], ...]
+    init_weights: Callable[..., None]
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -81,7 +86,7 @@ class LinearSwinTransformer(FoldableReadout, SwinTransformer):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         kinds = attention_choices(attn, depths)
         norms = norm_choices(norm, depths, norm_eps)
         patch_grid(img_size, patch_size)
@@ -135,10 +140,10 @@ class LinearSwinTransformer(FoldableReadout, SwinTransformer):
 
     @staticmethod
     def _fill_stage(
-        stage: nn.Module, norms: list[NormFactory], blocks: list[dict[str, Any]], **common: Any
+        stage: Any, norms: list[NormFactory], blocks: list[dict[str, Any]], **common: Any
     ) -> None:
         """Gives a stage without blocks its blocks, and its patch merging the norm of the first."""
-        dd = {"device": common["device"], "dtype": common["dtype"]}
+        dd: dict[str, Any] = {"device": common["device"], "dtype": common["dtype"]}
         merging = stage.downsample
         if isinstance(merging, PatchMerging):
             stage.downsample = FoldablePatchMerging(

@@ -1,10 +1,13 @@
 """Fits saved weights to a model of another image size: position tables are resampled."""
 
 import math
+from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor, nn
+
+from ..fold import FOLDABLE_NORMS, fold_norms
 
 Grid = tuple[int, int]
 
@@ -25,7 +28,7 @@ def _source_grid(num_tokens: int, model: nn.Module) -> Grid:
     )
 
 
-def _resize(name: str, value: Tensor, owner: nn.Module, model: nn.Module) -> Tensor:
+def _resize(name: str, value: Tensor, owner: Any, model: nn.Module) -> Tensor:
     leaf = name.rpartition(".")[2]
     target = getattr(owner, leaf)
     if leaf == "relative_position_bias_table":
@@ -39,7 +42,15 @@ def _resize(name: str, value: Tensor, owner: nn.Module, model: nn.Module) -> Ten
     )
 
 
-def filter_checkpoint(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def _is_folded(state_dict: dict[str, Any], model: nn.Module) -> bool:
+    """Whether the weights are those of a model without its foldable norms."""
+    norms = [name for name, m in model.named_modules() if isinstance(m, FOLDABLE_NORMS)]
+    return bool(norms) and not any(
+        key.startswith(f"{name}.") for name in norms for key in state_dict
+    )
+
+
+def filter_checkpoint(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """timm's hook before weights are loaded.
 
     Args:
@@ -47,9 +58,12 @@ def filter_checkpoint(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
         model: the modules that own tables say with `table_grid` which grid they need.
 
     Returns:
-        The weights, with position tables resampled where `model` has another image size.
+        The weights, with position tables resampled where `model` has another image size. A model
+        whose weights were saved after `fold_norms` is folded as well.
     """
     state_dict = state_dict.get("state_dict", state_dict)
+    if _is_folded(state_dict, model):
+        fold_norms(model)
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     tables = ("pos_embed", "positional_encoding", "relative_position_bias_table")
     filtered = {}

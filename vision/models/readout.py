@@ -1,5 +1,8 @@
 """The end of every backbone: final norm, pooling and classifier, and how the norm folds away."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..fold import FOLDABLE_NORMS, Foldable, NormSite, affine_module, fold_into_reader
@@ -23,7 +26,7 @@ def exempt_from_decay(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters() if name.rpartition(".")[2] in UNDECAYED}
 
 
-class FoldableReadout(Foldable):
+class FoldableReadout(Foldable, nn.Module):
     """Mixin of backbones: folds the final norm into the classifier.
 
     Folding moves the norm's affine map behind the pooling (`fc_norm`), where it is almost free, and
@@ -35,6 +38,10 @@ class FoldableReadout(Foldable):
     """
 
     head_is_folded: bool = False
+    head: Any
+    norm: nn.Module
+    fc_norm: nn.Module
+    get_classifier: Callable[[], nn.Module]
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise NotImplementedError(
@@ -70,7 +77,7 @@ class FoldableReadout(Foldable):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """See timm."""
-        super().reset_classifier(num_classes, global_pool)
+        super().reset_classifier(num_classes, global_pool)  # type: ignore[misc]
         self.head_is_folded = False
 
     def norm_sites(self) -> list[NormSite]:
@@ -89,7 +96,8 @@ class FoldableReadout(Foldable):
                 continue
             classifier = self.get_classifier()
             if isinstance(classifier, nn.Linear):
-                fold_into_reader(*site.norm.affine(), classifier)
+                scale, shift = site.norm.affine()
+                fold_into_reader(scale, shift, classifier)
                 self.head_is_folded = True
             affine = affine_module(site.norm)
             setattr(self, site.name, nn.Identity())

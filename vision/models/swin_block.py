@@ -71,7 +71,7 @@ class LinearSwinBlock(Foldable, SwinTransformerBlock):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         is_linear = kind != "softmax"
         super().__init__(
             dim,
@@ -153,7 +153,7 @@ class LinearSwinBlock(Foldable, SwinTransformerBlock):
     def _linear_window(self, grid: tuple[int, int]) -> tuple[int, int]:
         side = self.linear_window_size
         if side is None:
-            return tuple(grid)
+            return grid[0], grid[1]
         window = min(side, grid[0]), min(side, grid[1])
         if grid[0] % window[0] or grid[1] % window[1]:
             raise ValueError(
@@ -183,13 +183,14 @@ class LinearSwinBlock(Foldable, SwinTransformerBlock):
         window = self.window_size
         qkv = torch.roll(self.attn.qkv(x), [-side for side in self.shift_size], (1, 2))
         below, right = -height % window[0], -width % window[1]
-        pad = self.padding_qkv.to(qkv.dtype)
+        pad = self.get_buffer("padding_qkv").to(qkv.dtype)
         qkv = torch.cat([qkv, pad.expand(batch, height, right, -1)], dim=2)
         qkv = torch.cat([qkv, pad.expand(batch, below, width + right, -1)], dim=1)
         _, padded_height, padded_width, channels = qkv.shape
         windows = window_partition(qkv, window).reshape(-1, self.window_area, channels)
         mask = self.get_attn_mask(qkv) if self.dynamic_mask else self.attn_mask
-        out = self.attn.attend(windows, mask)
+        attn: Any = self.attn
+        out = attn.attend(windows, mask)
         out = out.reshape(-1, *window, channels // 3)
         out = window_reverse(out, window, padded_height, padded_width)[:, :height, :width]
         return torch.roll(out, self.shift_size, (1, 2))

@@ -1,0 +1,57 @@
+"""How a kernel is compared with its reference: in every output and gradient, by the three-way rule."""
+
+import os
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+# What runs the kernels here: the GPU if there is one, else Triton's interpreter on the CPU.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+on_gpu_or_interpreted = pytest.mark.skipif(
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs a CUDA GPU or TRITON_INTERPRET=1 from the start",
+)
+
+
+def results(function: Callable[..., Tensor], inputs: Sequence[Tensor], d_out: Tensor) -> list:
+    """The output of `function(*inputs)` and the gradients of all inputs."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, d_out.to(out.dtype))]
+
+
+def assert_three_way(
+    kernel: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    d_out: Tensor,
+) -> None:
+    """err(kernel, float64) <= 2 err(reference in the same dtype, float64) + eps max|float64|."""
+    exact = results(reference, [x.double() for x in inputs], d_out.double())
+    plain = results(reference, inputs, d_out)
+    for place, (got, same, true) in enumerate(
+        zip(results(kernel, inputs, d_out), plain, exact, strict=True)
+    ):
+        assert got.dtype == same.dtype
+        assert got.shape == same.shape
+        if true.numel() == 0:
+            continue
+        error = (got.double() - true).abs().max()
+        allowed = 2 * (same.double() - true).abs().max()
+        allowed += torch.finfo(inputs[0].dtype).eps * true.abs().max()
+        assert error <= allowed, f"result {place}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory is NaN: what a kernel does not write, or reads too early, shows."""
+    empty = torch.empty
+
+    def poison(*size, **options):
+        made = empty(*size, **options)
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poison)

@@ -1,0 +1,286 @@
+"""The Triton kernels of linear attention against the reference, and as PyTorch operators."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from kernel_checks import DEVICE, assert_three_way, on_gpu_or_interpreted, poisoned, results
+from lintra.kernels import linear_attention
+from lintra.kernels._common.pinning import pinned
+from lintra.kernels.linear_attention.reference import FEATURE_MAPS, NORMALIZERS
+
+pytestmark = on_gpu_or_interpreted
+__all__ = ["poisoned"]
+
+WAYS = ["fused", "split", "wide"]
+
+
+def inputs_of(shape, dtype=torch.float32, num_keys=None, value_dim=None, mean=0.0):
+    """Views of a fused projection where the shapes allow it, and a gradient of the output."""
+    batch, length, heads, dim = shape
+    if num_keys is None and value_dim is None:
+        qkv = (torch.randn(batch, length, 3, heads, dim) + mean).to(DEVICE, dtype)
+        tensors = list(qkv.unbind(2))
+    else:
+        sizes = [(length, dim), (num_keys or length, dim), (num_keys or length, value_dim or dim)]
+        tensors = [(torch.randn(batch, n, heads, d) + mean).to(DEVICE, dtype) for n, d in sizes]
+    d_out = torch.randn(batch, length, heads, tensors[2].shape[3]).to(DEVICE, dtype)
+    return tensors, d_out
+
+
+def compare(tensors, d_out, way, splits=2, **options):
+    with pinned(splits=splits, fwd_way=way, bwd_way=way):
+        assert_three_way(
+            lambda *x: linear_attention(*x, impl="triton", **options),
+            lambda *x: linear_attention(*x, impl="reference", **options),
+            tensors,
+            d_out,
+        )
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_every_member_every_way(way, feature_map, normalizer):
+    (q, k, v), d_out = inputs_of((1, 21, 2, 24), num_keys=37, value_dim=40, mean=0.5)
+    if normalizer == "ratio" and feature_map == "identity":
+        q, k = q.abs(), k.abs()  # features of a ratio are not negative
+    options = {"feature_map": feature_map, "normalizer": normalizer, "scale": 0.3, "eps": 1e-2}
+    compare([q, k, v], d_out, way, **options)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 17, 3, 32), (1, 49, 1, 72)], ids=str)
+@pytest.mark.parametrize("normalizer", ["ratio", "covariance"])
+def test_views_of_a_fused_projection(shape, normalizer):
+    tensors, d_out = inputs_of(shape)
+    for way in ("fused", "split"):
+        compare(tensors, d_out, way, normalizer=normalizer)
+
+
+@pytest.mark.parametrize("dims", [(192, 96), (288, 17)], ids=str)
+def test_wide_heads(dims):
+    tensors, d_out = inputs_of((1, 5, 1, dims[0]), num_keys=20, value_dim=dims[1])
+    compare(tensors, d_out, "wide")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_large_means_keep_their_digits(way):
+    (q, k, v), _ = inputs_of((1, 70, 1, 16))
+    k, v = k + 100, v + 100
+    options = {"feature_map": "identity", "normalizer": "covariance"}
+    exact = linear_attention(q.double(), k.double(), v.double(), **options)
+    with pinned(fwd_way=way, splits=2):
+        out = linear_attention(q, k, v, impl="triton", **options)
+    assert (out - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
+def test_float16_sums_beyond_its_range():
+    # sum_j relu(k_j) v_j passes 65504 (spec numerics 2), and some queries are all zero.
+    (q, k, v), d_out = inputs_of((1, 40, 1, 16), torch.float16)
+    q[:, :3] = -q[:, :3].abs()
+    tensors = [q, k.abs() * 500, v + 200]
+    for way in ("fused", "split", "wide"):
+        compare(tensors, d_out, way)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 2, 8), (2, 0, 2, 8), (2, 5, 0, 8)], ids=str)
+def test_zero_sizes(shape):
+    tensors, d_out = inputs_of(shape)
+    compare(tensors, d_out, "fused")
+
+
+def test_no_keys():
+    tensors, d_out = inputs_of((1, 3, 2, 8), num_keys=0, value_dim=8)
+    tensors[1], tensors[2] = tensors[1][:, :0], tensors[2][:, :0]
+    compare(tensors, d_out, "split")
+
+
+def test_any_strides():
+    tensors, d_out = inputs_of((2, 9, 2, 16))
+    strange = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in tensors]
+    compare(strange, d_out[:1].expand(2, -1, -1, -1), "fused")
+
+
+def test_same_bits_twice():
+    tensors, d_out = inputs_of((1, 130, 2, 16))
+    with pinned(splits=3, fwd_way="split", bwd_way="split"):
+        first, second = (
+            results(lambda *x: linear_attention(*x, impl="triton"), tensors, d_out)
+            for _ in range(2)
+        )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_operators_pass_opcheck():
+    (q, k, v), d_out = inputs_of((1, 9, 2, 16))
+    options = ("relu", "ratio", 1.0, 1e-6)
+    torch.library.opcheck(torch.ops.lintra.linear_attention_fwd.default, (q, k, v, *options))
+    torch.library.opcheck(torch.ops.lintra.linear_attention_bwd.default, (d_out, q, k, v, *options))
+
+
+def test_meta_tensors_have_shapes_only():
+    query, value = torch.empty(2, 5, 3, 8, device="meta"), torch.empty(2, 5, 3, 4, device="meta")
+    out = linear_attention(query, query, value, impl="triton")
+    assert out.shape == (2, 5, 3, 4)
+    assert out.is_meta
+
+
+def test_compiles_once_for_all_lengths():
+    counter = CompileCounterWithBackend("aot_eager")
+    function = torch.compile(
+        lambda *x: linear_attention(*x, impl="triton"),
+        fullgraph=True,
+        dynamic=True,
+        backend=counter,
+    )
+    counts = []
+    for length in (9, 20, 33):
+        tensors, d_out = inputs_of((2, length, 1, 16))
+        compiled = results(function, tensors, d_out)
+        eager = results(lambda *x: linear_attention(*x, impl="triton"), tensors, d_out)
+        for a, b in zip(compiled, eager, strict=True):
+            torch.testing.assert_close(a, b)
+        counts.append(counter.frame_count)
+    assert len(set(counts)) == 1
+
+
+class _Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = torch.nn.Linear(16, 48)
+
+    def forward(self, x):
+        return linear_attention(*self.qkv(x).unflatten(-1, (3, 2, 8)).unbind(2), impl="triton")
+
+
+def test_exports_with_a_free_length():
+    module, tokens = _Attention().to(DEVICE), torch.randn(2, 9, 16, device=DEVICE)
+    lengths = {"x": {1: torch.export.Dim("tokens", min=2, max=99)}}
+    program = torch.export.export(module, (tokens,), dynamic_shapes=lengths)
+    longer = torch.randn(2, 21, 16, device=DEVICE)
+    torch.testing.assert_close(program.module()(longer), module(longer))
+
+
+def test_autocast_reaches_the_kernel_as_its_inputs_are():
+    module, tokens = _Attention().to(DEVICE), torch.randn(2, 9, 16, device=DEVICE)
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        out = module(tokens)
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out.float(), module(tokens), rtol=1e-2, atol=1e-2)
+
+
+def test_checkpointing():
+    tensors, d_out = inputs_of((1, 9, 2, 16))
+    plain, kept = (
+        results(function, tensors, d_out)
+        for function in (
+            lambda *x: linear_attention(*x, impl="triton"),
+            lambda *x: checkpoint(
+                lambda *y: linear_attention(*y, impl="triton"), *x, use_reentrant=False
+            ),
+        )
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain, kept, strict=True))
+
+
+def test_what_cannot_be_differentiated_says_so():
+    (q, k, v), _ = inputs_of((1, 5, 1, 8))
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: linear_attention(x, k, v, impl="triton").sum())(q)
+    q = q.detach().requires_grad_()
+    out = linear_attention(q, k, v, impl="triton")
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_kernel_on_the_cpu_must_be_asked_for():
+    code = """
+import torch
+from lintra.kernels import linear_attention
+x = torch.ones(1, 2, 1, 8)
+linear_attention(x, x, x)
+try:
+    linear_attention(x, x, x, impl="triton")
+except NotImplementedError as error:
+    print(error)
+"""
+    environment = {"TRITON_INTERPRET": "0", "PYTHONPATH": ":".join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert "need a CUDA device, got cpu (TRITON_INTERPRET=1 runs them on cpu)" in run.stdout
+
+
+def test_a_small_model_learns_alike_with_both():
+    def losses(impl):
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(8, 24), torch.nn.Linear(8, 4)]
+        layers = [layer.to(DEVICE) for layer in layers]
+        optimizer = torch.optim.AdamW([p for x in layers for p in x.parameters()], lr=1e-2)
+        generator = torch.Generator().manual_seed(1)
+        history = []
+        for _ in range(12):
+            x = torch.randn(2, 12, 8, generator=generator).to(DEVICE)
+            target = x.cumsum(1)[..., :4].tanh()
+            q, k, v = layers[0](x).unflatten(-1, (3, 1, 8)).unbind(2)
+            out = layers[1](linear_attention(q, k, v, impl=impl).flatten(2))
+            loss = (out - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            history.append(loss.item())
+        return history
+
+    kernel, reference = losses("triton"), losses("reference")
+    assert kernel[-1] < kernel[0]
+    assert kernel == pytest.approx(reference, rel=1e-4)
+
+
+LENGTHS = [1, 17, 49, 63, 196, 197, 4097]
+WIDTHS = [16, 17, 32, 64, 72, 96, 128, 192, 256, 288]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_shapes_on_gpu(length, width, dtype):
+    tensors, d_out = inputs_of((2, length, 2, width), dtype)
+    for normalizer in ("ratio", "covariance"):
+        for way in WAYS if width <= 128 else WAYS[2:]:
+            compare(tensors, d_out, way, normalizer=normalizer)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_two_to_the_31():
+    base = torch.zeros(3, 2**20, 3, 4, 64, dtype=torch.bfloat16, device="cuda")  # 2.4e9 elements
+    small = torch.randn(64, 3, 4, 64, device="cuda", dtype=torch.bfloat16)
+    base[-1, -64:] = small
+    out = linear_attention(*base.unbind(2), impl="triton")[-1:, -64:]
+    q, k, v = (x[None] for x in small.unbind(1))
+    # Zero keys add nothing to either sum of relu and ratio.
+    expected = linear_attention(q.double(), k.double(), v.double())
+    error = (out.double() - expected).abs().max()
+    assert error <= 2 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays():
+    (q, k, v), _ = inputs_of((2, 50, 2, 64), torch.bfloat16)
+    linear_attention(q, k, v, impl="triton")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = linear_attention(q, k, v, impl="triton")
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    assert torch.equal(out, linear_attention(q, k, v, impl="triton"))
