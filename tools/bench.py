@@ -19,7 +19,6 @@ OPERATIONS = {
 MODEL_NAMES = ("inline_deit", "slab_deit", "lit")
 NAMES = (*OPERATIONS, *MODEL_NAMES, "models")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 def _integers(words: str) -> tuple[int, ...]:
@@ -33,7 +32,7 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="lintra bench", description=__doc__)
     parser.add_argument("name", metavar="OP|MODEL", help=f"one of {', '.join(NAMES)}")
     parser.add_argument("--device", default="cuda", help="cuda or cpu; cpu takes tiny shapes")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument(
         "--shape",
         type=_integers,
@@ -53,6 +52,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for peers")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/bench"), help="CSV and plot")
     parser.add_argument("--markdown", type=Path, help="write a table for docs/performance.md here")
+    parser.add_argument("--commit", help="what to call the code where git cannot be asked")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     return parser
 
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: wrong result, so no speed: {error}", file=sys.stderr)
         return 1
     command = shlex.join(["lintra", "bench", *words])
-    environment = describe(settings.device, options.dtype, command, bandwidth)
+    environment = describe(settings.device, options.dtype, command, bandwidth, options.commit)
     stem = options.output_dir / options.name
     write_csv(stem.with_suffix(".csv"), rows, environment)
     write_plot(stem.with_suffix(".png"), rows, environment)
@@ -96,18 +96,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _settings(options: Namespace) -> "Settings":
     import torch
 
-    from .benchmark.runner import Settings
+    from .benchmark.runner import Settings, open_device
     from .benchmark.timing import Limits
 
     for name in ("calls", "seconds", "budget"):
         if not getattr(options, name) > 0:
             raise ValueError(f"`{name}` must be positive, got {getattr(options, name)}")
-    try:
-        device = torch.empty(0, device=options.device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`device` must be one of this machine, got {options.device!r}") from error
     return Settings(
-        device=device,
+        device=open_device(options.device),
         dtype=getattr(torch, options.dtype),
         limits=Limits(calls=options.calls, seconds=options.seconds),
         use_compile=not options.no_compile,
@@ -140,8 +136,8 @@ def _cases(options: Namespace, settings: "Settings") -> "list[Case]":
     if not chosen:
         labels = ", ".join(map(str, cases))
         raise ValueError(f"`only` must be part of one of {labels}, got {options.only!r}")
-    if options.direction and not any(set(options.direction) & set(x.directions) for x in chosen):
-        found = ", ".join(dict.fromkeys(name for case in chosen for name in case.directions))
+    found = ", ".join(dict.fromkeys(name for case in chosen for name in case.directions))
+    if options.direction and not set(options.direction) & set(found.split(", ")):
         raise ValueError(f"`direction` must be one of {found}, got {' '.join(options.direction)}")
     return chosen
 

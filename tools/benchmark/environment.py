@@ -30,14 +30,16 @@ def _commit() -> str:
     return answers[0].strip() + ("+" if answers[1].strip() else "")
 
 
-def describe(device: torch.device, dtype: str, command: str, bandwidth: float) -> Environment:
+def describe(
+    device: torch.device, dtype: str, command: str, bandwidth: float, commit: str | None = None
+) -> Environment:
     """The environment of a run that has just ended."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return Environment(
         gpu=gpu,
         torch=torch.__version__,
         triton=_triton(),
-        commit=_commit(),
+        commit=commit or _commit(),
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         command=command,
         dtype=dtype,

@@ -58,6 +58,18 @@ class Settings:
     say: Callable[[str], None] = print
 
 
+def open_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: this machine has none.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`device` must be one of this machine, got {name!r}") from error
+
+
 class CheckFailed(Exception):
     """Our implementation is wrong: there is no speed to report."""
 
