@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("lintra.tools.evaluate", "compare a pipeline's images with real ones"),
     "train-backbone": ("lintra.tools.train_backbone", "train a vision backbone"),
     "convert": ("lintra.tools.convert", "official checkpoints for timm and diffusers"),
+    "bench": ("lintra.tools.bench", "time operations and models against their peers"),
     "demo": ("lintra.tools.demo", "teacher, distilled LiT and two controls on digits"),
 }
 

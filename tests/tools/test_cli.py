@@ -53,7 +53,7 @@ def test_an_unknown_command_is_one_clear_line(capsys: pytest.CaptureFixture[str]
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
         "lintra: command must be one of distill, train, sample, evaluate, train-backbone, convert,"
-        " demo, got 'destill'"
+        " bench, demo, got 'destill'"
     )
 
 

@@ -1,0 +1,1 @@
+"""What `lintra bench` measures and how: cases, checks, timing, reports."""

@@ -1,0 +1,91 @@
+"""A case: one operation or model at one shape, with its peers, its floor and its targets."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Run = Callable[..., Tensor]
+
+OURS = "lintra"
+DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
+# The backward reads what the forward read and wrote, and writes as much: twice the bytes.
+# A training step ("step") of a model has no floor.
+FLOOR_FACTOR = {"fwd": 1.0, "bwd": 2.0, "fwd+bwd": 3.0, "step": 0.0}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A way to compute a case.
+
+    Args:
+        prepare: makes the function that is timed; called once for all directions and off the
+            clock, so it may build masks or compile. What it raises is reported in its cells.
+        is_compiled: costs seconds of torch.compile; `--no-compile` leaves it out.
+    """
+
+    prepare: Callable[[], Run]
+    is_compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation or model at one shape.
+
+    Args:
+        op: name of the operation or model.
+        group: what the shape is for, e.g. "DeiT".
+        shape: label, without commas.
+        make: `make(device, dtype)` gives the inputs; those that require a gradient get one.
+        ours: our implementation.
+        peers: the others, by name.
+        reference: the oracle, called with the inputs in any dtype; None for a model.
+        checks: what is checked instead of the case: operations at the shapes of a model.
+        cut: makes the inputs smaller for the check, where the oracle could not run them whole.
+        floor_bytes: what the forward must move, for an element size in bytes; None: not known.
+        flops: of the forward, 0 where they say nothing.
+        targets: by (direction, peer or "floor"): highest multiple of the floor, or lowest speed-up
+            over the peer.
+        directions: those to measure.
+    """
+
+    op: str
+    group: str
+    shape: str
+    make: Callable[[torch.device, torch.dtype], list[Tensor]]
+    ours: Peer
+    peers: Mapping[str, Peer] = field(default_factory=dict)
+    reference: Run | None = None
+    checks: tuple["Case", ...] = ()
+    cut: Callable[[list[Tensor]], list[Tensor]] = lambda inputs: inputs
+    floor_bytes: Callable[[int], int] | None = None
+    flops: float = 0.0
+    targets: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    directions: tuple[str, ...] = DIRECTIONS
+
+    def __str__(self) -> str:
+        return " ".join(dict.fromkeys([self.op, self.group, self.shape]))
+
+
+def compiled(function: Run, **options: Any) -> Peer:
+    """`function` under torch.compile."""
+
+    def prepare() -> Run:
+        # Without it the eighth shape of a process meets the recompile limit and runs eagerly.
+        torch._dynamo.reset()
+        return torch.compile(function, dynamic=False, **options)
+
+    return Peer(prepare, is_compiled=True)
+
+
+def eager(function: Run) -> Peer:
+    return Peer(lambda: function)
+
+
+def check_shape(shape: Sequence[int], lengths: Sequence[int], layout: str) -> None:
+    """A shape from the command line: as many numbers as `layout` names, optional ones 0 or more."""
+    least = min(lengths)
+    if len(shape) not in lengths or min(shape[:least], default=0) < 1 or min(shape) < 0:
+        raise ValueError(f"`shape` must be {layout}, all positive, got {tuple(shape)}")

@@ -1,0 +1,189 @@
+"""Runs cases: check, then every implementation in every direction, as rows for the report."""
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .accuracy import check
+from .case import FLOOR_FACTOR, OURS, Case, Peer
+from .timing import Limits, Times, copy_bandwidth, measure, num_sets, synchronize
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation of one case in one direction.
+
+    Args:
+        case: what was run.
+        impl: OURS or the name of a peer.
+        direction: a key of FLOOR_FACTOR.
+        times: None where it failed.
+        floor_ms: bytes that must move at the measured copy bandwidth; 0: not known.
+        error: why there are no times.
+    """
+
+    case: Case
+    impl: str
+    direction: str
+    times: Times | None
+    floor_ms: float
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run does.
+
+    Args:
+        device: where.
+        dtype: of the inputs.
+        limits: of each measurement.
+        use_compile: run peers that need torch.compile.
+        budget: seconds after which no further peer starts.
+        directions: those wanted; empty for all of a case.
+        say: takes lines about progress.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    limits: Limits = field(default_factory=Limits)
+    use_compile: bool = True
+    budget: float = float("inf")
+    directions: Sequence[str] = ()
+    say: Callable[[str], None] = print
+
+
+def open_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ValueError: this machine has none.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`device` must be one of this machine, got {name!r}") from error
+
+
+class CheckFailed(Exception):
+    """Our implementation is wrong: there is no speed to report."""
+
+
+def run_cases(cases: Sequence[Case], settings: Settings) -> tuple[float, list[Row]]:
+    """Checks all cases, then times them.
+
+    Returns:
+        The copy bandwidth in bytes a second, and the rows.
+
+    Raises:
+        CheckFailed: before anything is timed.
+    """
+    started = time.monotonic()
+    if settings.device.type == "cuda":
+        torch.cuda.set_device(settings.device)
+    for case in cases:
+        problem = _checked(case, settings)
+        if problem is not None:
+            raise CheckFailed(f"{case}: {problem}")
+        settings.say(f"correct: {case}")
+    bandwidth = copy_bandwidth(settings.device, settings.limits)
+    rows: list[Row] = []
+    # What compiles is slow to start, so it comes last: a spent budget costs no other row.
+    for is_compiled in (False, True):
+        for case in cases:
+            entries = {OURS: case.ours, **case.peers}
+            chosen = {n: p for n, p in entries.items() if p.is_compiled == is_compiled}
+            if is_compiled and not settings.use_compile:
+                rows += _failed(case, chosen, settings, bandwidth, "skipped: --no-compile")
+                continue
+            for name, peer in chosen.items():
+                late = time.monotonic() - started > settings.budget
+                if late and name != OURS:
+                    rows += _failed(case, {name: peer}, settings, bandwidth, "skipped: budget")
+                    continue
+                settings.say(f"timing: {case}: {name}")
+                rows += _timed(case, name, peer, settings, bandwidth)
+    order = {id(case): index for index, case in enumerate(cases)}
+    return bandwidth, sorted(rows, key=lambda row: order[id(row.case)])
+
+
+def _checked(case: Case, settings: Settings) -> str | None:
+    try:
+        return check(case, settings.device, settings.dtype)
+    except Exception as error:  # whatever our code raises here is a wrong result
+        return short(error)
+    finally:
+        release(settings.device)
+
+
+def _floor_ms(case: Case, direction: str, dtype: torch.dtype, bandwidth: float) -> float:
+    if case.floor_bytes is None:
+        return 0.0
+    return FLOOR_FACTOR[direction] * case.floor_bytes(dtype.itemsize) / bandwidth * 1e3
+
+
+def _directions(case: Case, settings: Settings) -> list[str]:
+    wanted = settings.directions or case.directions
+    return [direction for direction in case.directions if direction in wanted]
+
+
+def _failed(
+    case: Case, names: dict[str, Peer], settings: Settings, bandwidth: float, error: str
+) -> Iterator[Row]:
+    for name in names:
+        for direction in _directions(case, settings):
+            floor = _floor_ms(case, direction, settings.dtype, bandwidth)
+            yield Row(case, name, direction, None, floor, error)
+
+
+def _sets(case: Case, settings: Settings) -> list[list[Tensor]]:
+    torch.manual_seed(0)
+    first = case.make(settings.device, settings.dtype)
+    more = num_sets(first, settings.device) - 1
+    return [first, *(case.make(settings.device, settings.dtype) for _ in range(more))]
+
+
+def _timed(
+    case: Case, name: str, peer: Peer, settings: Settings, bandwidth: float
+) -> Iterator[Row]:
+    try:
+        run = peer.prepare()
+    except Exception as error:  # a peer that fails is a result, and so is ours
+        release(settings.device)
+        yield from _failed(case, {name: peer}, settings, bandwidth, short(error))
+        return
+    for direction in _directions(case, settings):
+        floor = _floor_ms(case, direction, settings.dtype, bandwidth)
+        try:
+            sets = _sets(case, settings)
+            times = measure(run, direction, sets, settings.device, settings.limits)
+            row = Row(case, name, direction, times, floor)
+        except Exception as error:
+            row = Row(case, name, direction, None, floor, short(error))
+        sets = []
+        release(settings.device)
+        yield row
+    del run
+    release(settings.device)
+
+
+def release(device: torch.device) -> None:
+    """Gives the memory of the last case back."""
+    if device.type == "cuda":
+        gc.collect()
+        with contextlib.suppress(RuntimeError):  # an error of the last case may surface here
+            synchronize(device)
+        torch.cuda.empty_cache()
+
+
+def short(error: BaseException) -> str:
+    """One line about an error for a cell of a table."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return "out of memory"
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:120].replace("|", "/")
