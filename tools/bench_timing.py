@@ -15,7 +15,8 @@ Call = Callable[[], object]
 def quantiles(times: list[float]) -> tuple[float, float, float]:
     """p20, p50 and p80."""
     times = sorted(times)
-    return tuple(times[round(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
+    p20, p50, p80 = (times[round(q * (len(times) - 1))] for q in (0.2, 0.5, 0.8))
+    return p20, p50, p80
 
 
 def _cuda_times(calls: list[Call], repeats: int) -> list[float]:
