@@ -261,6 +261,20 @@ def test_shapes_on_gpu(length, width, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("normalizer", ["ratio", "covariance"])
+def test_one_program_for_192_channels(normalizer):
+    (q, k, v), _ = inputs_of((64, 256, 2, 192), torch.bfloat16)
+    exact = linear_attention(q.double(), k.double(), v.double(), normalizer=normalizer)
+    with pinned(fwd_way="fused"):
+        out, again = (
+            linear_attention(q, k, v, normalizer=normalizer, impl="triton") for _ in range(2)
+        )
+    assert torch.equal(out, again)
+    error = (out.double() - exact).abs().max()
+    assert error <= 2 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+
+
+@pytest.mark.gpu
 def test_offsets_beyond_two_to_the_31():
     base = torch.zeros(3, 2**20, 3, 4, 64, dtype=torch.bfloat16, device="cuda")  # 2.4e9 elements
     small = torch.randn(64, 3, 4, 64, device="cuda", dtype=torch.bfloat16)
