@@ -19,8 +19,6 @@ from .._common.pinning import pin_or
 MAX_HEAD_DIM = 320
 # Above this width one program cannot hold a state, its tiles and their sums.
 MAX_NARROW_DIM = 128
-# The state of one head in bfloat16 fills a whole program, which pays for few tokens.
-MAX_FUSED_DIM = 192
 
 
 @dataclass(frozen=True)
@@ -175,11 +173,7 @@ def way_of(name: str, query: Tensor, key: Tensor, value: Tensor) -> str:
     # Few heads leave processors idle, which only a short run of tokens forgives; with many tokens
     # two sweeps stream better than one program that changes from keys to queries.
     short = tokens <= 256 or (tokens <= 512 and waves >= 2.5)
-    widest = MAX_NARROW_DIM
-    if name == "fwd" and query.dtype == torch.bfloat16:
-        widest = MAX_FUSED_DIM
-    elif name == "bwd" and query.element_size() == 2:
-        widest = 64
+    widest = 64 if name == "bwd" and query.element_size() == 2 else MAX_NARROW_DIM
     around_a_state = "split" if width <= MAX_NARROW_DIM else "wide"
     return pin_or(f"{name}_way", "fused" if short and width <= widest else around_a_state)
 

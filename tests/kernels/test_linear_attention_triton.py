@@ -84,7 +84,7 @@ def test_float16_sums_beyond_its_range():
     # sum_j relu(k_j) v_j passes 65504 (spec numerics 2), and some queries are all zero.
     (q, k, v), d_out = inputs_of((1, 40, 1, 16), torch.float16)
     q[:, :3] = -q[:, :3].abs()
-    tensors = [q, k.abs() * 500, v + 200]
+    tensors = [q, k.abs() * 500, v * 200]
     for way in ("fused", "split", "wide"):
         compare(tensors, d_out, way)
 
@@ -258,6 +258,20 @@ def test_shapes_on_gpu(length, width, dtype):
     for normalizer in ("ratio", "covariance"):
         for way in WAYS if width <= 128 else WAYS[2:]:
             compare(tensors, d_out, way, normalizer=normalizer)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("normalizer", ["ratio", "covariance"])
+def test_one_program_for_192_channels(normalizer):
+    (q, k, v), _ = inputs_of((64, 256, 2, 192), torch.bfloat16)
+    exact = linear_attention(q.double(), k.double(), v.double(), normalizer=normalizer)
+    with pinned(fwd_way="fused"):
+        out, again = (
+            linear_attention(q, k, v, normalizer=normalizer, impl="triton") for _ in range(2)
+        )
+    assert torch.equal(out, again)
+    error = (out.double() - exact).abs().max()
+    assert error <= 2 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
 
 
 @pytest.mark.gpu
