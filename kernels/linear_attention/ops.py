@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .._common.operators import needs_gradient, register
+from .._common.operators import first_derivative, needs_gradient, register
 
 _OPTIONS = "str feature_map, str normalizer, float scale, float eps"
 
@@ -48,10 +47,10 @@ class _LinearAttention(torch.autograd.Function):
         return torch.ops.lintra.linear_attention_fwd(query, key, value, *options)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        grads = torch.ops.lintra.linear_attention_bwd(d_out, *inputs, *ctx.options)
+        bwd = torch.ops.lintra.linear_attention_bwd
+        grads = first_derivative("linear_attention", bwd, d_out, *inputs, *ctx.options)
         return (*grads, None, None, None, None)
 
 

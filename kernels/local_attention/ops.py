@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._common.operators import first_derivative
 from .._common.precision import accumulation_dtype, no_autocast
 from .reference import backward, forward, parts
 from .tiles import Geometry
@@ -56,24 +57,6 @@ def _backward_all(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
 
 
-class _Gradient(torch.autograd.Function):
-    """The first derivative, which has none itself (`once_differentiable` would detach it)."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return torch.ops.lintra.local_attention_reference_bwd(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple:
-        raise NotImplementedError(
-            "`local_attention` must be differentiated only once, got a second derivative"
-        )
-
-
 class _LocalAttention(torch.autograd.Function):
     """Keeps inputs, output and lse only, and computes every tile again in the backward pass."""
 
@@ -102,11 +85,9 @@ class _LocalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple:
-        # Grad mode is on where a second derivative may follow. torch.compile, which has none,
-        # cannot trace a function inside a backward.
         bwd = torch.ops.lintra.local_attention_reference_bwd
-        differentiate = _Gradient.apply if torch.is_grad_enabled() else bwd
-        grads = differentiate(*ctx.saved_tensors, grad_out, grad_lse, *ctx.numbers)
+        arguments = (*ctx.saved_tensors, grad_out, grad_lse, *ctx.numbers)
+        grads = first_derivative("local_attention", bwd, *arguments)
         return *grads, *(None for _ in ctx.numbers)
 
 

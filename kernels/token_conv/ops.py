@@ -4,9 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .._common.operators import needs_gradient, register
+from .._common.operators import first_derivative, needs_gradient, register
 
 
 def _fwd_shapes(
@@ -64,17 +63,17 @@ class _TokenConv2d(torch.autograd.Function):
         return torch.ops.lintra.token_conv2d_fwd(tokens, weight, bias, residual, height, width)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         tokens, weight = ctx.saved_tensors
         needs_tokens, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         d_tokens = d_weight = d_bias = None
         if needs_tokens:
-            d_tokens = torch.ops.lintra.token_conv2d_bwd_tokens(d_out, weight, *ctx.grid)
+            bwd = torch.ops.lintra.token_conv2d_bwd_tokens
+            d_tokens = first_derivative("token_conv2d", bwd, d_out, weight, *ctx.grid)
         if needs_weight or needs_bias:
-            d_weight, d_bias = torch.ops.lintra.token_conv2d_bwd_weight(
-                d_out, tokens, weight.shape[-1], weight.ndim == 4, *ctx.grid
-            )
+            bwd = torch.ops.lintra.token_conv2d_bwd_weight
+            sizes = (weight.shape[-1], weight.ndim == 4, *ctx.grid)
+            d_weight, d_bias = first_derivative("token_conv2d", bwd, d_out, tokens, *sizes)
             d_weight = d_weight.to(weight.dtype) if needs_weight else None
             d_bias = d_bias.to(ctx.bias_dtype) if needs_bias else None
         return d_tokens, d_weight, d_bias, d_out if needs_residual else None, None, None

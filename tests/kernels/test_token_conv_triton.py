@@ -77,6 +77,16 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(ops.token_conv2d_bwd_weight.default, (d_out, tokens, 3, True, 3, 4))
 
 
+def test_a_second_derivative_is_refused():
+    tokens = torch.randn(1, 12, 4, device=DEVICE, requires_grad=True)
+    weight = torch.randn(4, 3, 3, device=DEVICE, requires_grad=True)
+    out = token_conv2d(tokens, weight, grid=(3, 4), impl="triton")
+    for leaf in (tokens, weight):
+        (grad,) = torch.autograd.grad(out.sum(), leaf, create_graph=True)
+        with pytest.raises(NotImplementedError, match="`token_conv2d` must be differentiated"):
+            grad.sum().backward(retain_graph=True)
+
+
 def test_meta_tensors_have_shapes_only():
     tokens, weight = torch.empty(2, 12, 4, device="meta"), torch.empty(4, 3, 3, device="meta")
     out = token_conv2d(tokens, weight, grid=(3, 4), impl="triton")
