@@ -8,10 +8,11 @@ import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from lintra.kernels import local_attention
+
+from .rotary import rotate
 
 # The tokens of FLUX's training size, 64^2 + 512: there proportional attention changes nothing.
 _TRAINING_TOKENS = 4608
@@ -137,9 +138,7 @@ class ClearAttnProcessor(nn.Module):
             )
         tables = image_rotary_emb if rotary_emb is None else rotary_emb
         if tables is not None:
-            query, key = (
-                apply_rotary_emb(tokens, tables, sequence_dim=1) for tokens in (query, key)
-            )
+            query, key = rotate(query, key, tables)
         # Under autocast the norms give float32, the projections do not.
         query, key = query.to(value.dtype), key.to(value.dtype)
 
@@ -147,7 +146,8 @@ class ClearAttnProcessor(nn.Module):
         if encoder_hidden_states is None:
             return out if attn.pre_only else _project_out(attn, out)
         num_text = encoder_hidden_states.shape[1]
-        text_out, image_out = out[:, :num_text], out[:, num_text:]
+        # Contiguous, as they are for one sample: otherwise the bias is added in a pass of its own.
+        text_out, image_out = (x.contiguous() for x in (out[:, :num_text], out[:, num_text:]))
         if not attn.context_pre_only:
             text_out = attn.to_add_out(text_out)
         return _project_out(attn, image_out), text_out
