@@ -11,6 +11,7 @@ which costs one more number a query and equals attention on one device.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -24,16 +25,40 @@ Group = dist.ProcessGroup | None
 Rows = range
 
 
-def row_split(height: int, num_ranks: int) -> list[Rows]:
-    """Rows of the grid for each rank: in order, in numbers that differ by at most one.
+def row_split(height: int, num_ranks: int, multiple: int = 1) -> tuple[Rows, ...]:
+    """Rows of the grid for each rank: in order, multiples of `multiple`, as equal as can be.
 
     Raises:
-        ValueError: fewer rows than ranks.
+        ValueError: fewer such rows than ranks, or rows that `multiple` does not divide.
     """
-    if not 1 <= num_ranks <= height:
-        raise ValueError(f"`num_ranks` must be in 1 .. {height}, the rows, got {num_ranks}")
-    starts = [height * rank // num_ranks for rank in range(num_ranks + 1)]
-    return [range(first, last) for first, last in pairwise(starts)]
+    if height % multiple:
+        raise ValueError(f"`height` must be a multiple of {multiple}, got {height}")
+    blocks = height // multiple
+    if not 1 <= num_ranks <= blocks:
+        raise ValueError(
+            f"`num_ranks` must be in 1 .. {blocks} for {height} rows in groups of {multiple}, got"
+            f" {num_ranks}"
+        )
+    starts = [blocks * rank // num_ranks * multiple for rank in range(num_ranks + 1)]
+    return tuple(range(first, last) for first, last in pairwise(starts))
+
+
+@dataclass(frozen=True)
+class RowShard:
+    """Which rows of a grid are whose.
+
+    Args:
+        split: rows of each rank, see `row_split`.
+        group: their process group; None is the default one.
+    """
+
+    split: tuple[Rows, ...]
+    group: Group = None
+
+    @property
+    def rows(self) -> Rows:
+        """Those of this rank."""
+        return self.split[dist.get_rank(self.group)]
 
 
 class _AllReduce(torch.autograd.Function):
@@ -143,23 +168,26 @@ def _exchange(
         request.wait()
 
 
-def _own_rows(grid: tuple[int, int], num_tokens: int, group: Group) -> list[Rows]:
-    split = row_split(grid[0], dist.get_world_size(group))
-    rows = split[dist.get_rank(group)]
+def _shard_of(
+    grid: tuple[int, int], num_tokens: int, split: Sequence[Rows] | None, group: Group
+) -> RowShard:
+    whole = row_split(grid[0], dist.get_world_size(group)) if split is None else tuple(split)
+    shard = RowShard(whole, group)
+    rows = shard.rows
     if len(rows) * grid[1] != num_tokens:
         raise ValueError(
             f"`query` must hold rows {rows.start} .. {rows.stop - 1} of the {grid[0]} x {grid[1]}"
             f" grid on this rank, {len(rows) * grid[1]} image tokens, got {num_tokens}"
         )
-    return split
+    return shard
 
 
 def _with_borders(
-    tokens: Tensor, split: Sequence[Rows], width: int, halo: int, group: Group
+    tokens: Tensor, shard: RowShard, width: int, halo: int
 ) -> tuple[Tensor, int, int]:
     """Own tokens between those of the rows above and below, and the rows above and in all."""
     strip = tokens.unflatten(1, (-1, width))
-    above, below = _BorderRows.apply(strip, split, halo, group)
+    above, below = _BorderRows.apply(strip, shard.split, halo, shard.group)
     whole = torch.cat([above, strip, below], dim=1)
     return whole.flatten(1, 2), above.shape[1], whole.shape[1]
 
@@ -175,6 +203,7 @@ def parallel_local_attention(
     scale: float | None = None,
     extra_key: Tensor | None = None,
     extra_value: Tensor | None = None,
+    split: Sequence[Rows] | None = None,
     group: Group = None,
 ) -> Tensor:
     """`local_attention` of a grid whose rows lie on several ranks, exactly, gradients included.
@@ -193,6 +222,7 @@ def parallel_local_attention(
         num_prefix: T; the text must be the same on all ranks.
         extra_key: ``(B, M, H, D)``, **all** extra keys on every rank, e.g. of `gather_tokens`.
         extra_value: ``(B, M, H, E)``.
+        split: rows of each rank; None is `row_split` of the grid.
         group: process group; None is the default one.
 
     Returns:
@@ -203,15 +233,15 @@ def parallel_local_attention(
             one image token only; what `local_attention` refuses.
     """
     num_image = query.shape[1] - num_prefix
-    split = _own_rows(grid, num_image, group)
+    shard = _shard_of(grid, num_image, split, group)
     if num_prefix and num_image < 2:
         raise ValueError(f"`query` must hold at least 2 image tokens on a rank, got {num_image}")
     halo = min(math.ceil(radius) - 1, grid[0])
     # Text is used by every rank in its own way, so its gradients are summed.
     text = [_AllReduce.apply(x[:, :num_prefix], group, False, True) for x in (query, key, value)]
     image = [x[:, num_prefix:] for x in (query, key, value)]
-    keys, above, num_rows = _with_borders(image[1], split, grid[1], halo, group)
-    values, _, _ = _with_borders(image[2], split, grid[1], halo, group)
+    keys, above, num_rows = _with_borders(image[1], shard, grid[1], halo)
+    values, _, _ = _with_borders(image[2], shard, grid[1], halo)
     # The operation wants a query for each key: those of other ranks' rows are not looked at.
     start = above * grid[1]
     queries = image[0].new_zeros(*keys.shape[:3], image[0].shape[3])
@@ -374,8 +404,8 @@ def parallel_token_conv2d(
         ValueError: fewer rows than ranks, tokens that are not the rows of this rank; what
             `token_conv2d` refuses.
     """
-    split = _own_rows(grid, tokens.shape[1], group)
-    whole, above, num_rows = _with_borders(tokens, split, grid[1], weight.shape[-1] // 2, group)
+    shard = _shard_of(grid, tokens.shape[1], None, group)
+    whole, above, num_rows = _with_borders(tokens, shard, grid[1], weight.shape[-1] // 2)
     out = token_conv2d(whole, weight, bias, grid=(num_rows, grid[1]))
     out = out[:, above * grid[1] : above * grid[1] + tokens.shape[1]]
     return out if residual is None else out + residual

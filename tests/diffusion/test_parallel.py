@@ -16,6 +16,7 @@ from lintra.diffusion.parallel import (
     row_split,
 )
 from lintra.kernels import linear_attention, local_attention, token_conv2d
+from tiny_clear import clear_inputs, sample, tiny_clear, tiny_clear_pipeline
 
 TEXT, DTYPE = 3, torch.float64
 
@@ -104,6 +105,37 @@ def check_convolution(rank, grid):
     compare(rank, grid, 0, tokens, alone, together)
 
 
+def check_pipeline(pooled):
+    """Sampling with the rows split, whole and in one process."""
+    changes = {"down_factor": 2, "proportional_scale": True} if pooled else {"ntk_factor": 4.0}
+    model = tiny_clear("flux", 3, full_attention_layers=[1], **changes)
+    pipeline = tiny_clear_pipeline("flux", model)
+    kwargs = {"process_group": dist.group.WORLD, "radius": 2.5}
+    lengths = []
+    model.proj_out.register_forward_pre_hook(lambda _, x: lengths.append(x[0].shape[1]))
+    latents = [
+        sample("flux", pipeline, output_type="latent", joint_attention_kwargs=each)
+        for each in (kwargs, {"radius": 2.5})
+    ]
+    torch.testing.assert_close(*latents)
+    assert len(lengths) == 4
+    assert lengths[0] < lengths[2] == 60
+
+
+def check_controlnet():
+    inputs, model = clear_inputs("flux", (6, 5)), tiny_clear("flux")
+    residuals = [torch.randn(2, 30, 32) for _ in range(2)]
+    controls = {"controlnet_block_samples": residuals, "controlnet_single_block_samples": residuals}
+    with torch.no_grad():
+        expected = model(**inputs, **controls).sample
+        kwargs = {"joint_attention_kwargs": {"process_group": dist.group.WORLD}}
+        torch.testing.assert_close(model(**inputs, **controls, **kwargs).sample, expected)
+    with pytest.raises(NotImplementedError, match="`process_group` must be None while gradients"):
+        model(**inputs, **kwargs)
+    with pytest.raises(NotImplementedError, match="`process_group` must be None: SD3 is not split"):
+        tiny_clear("sd3")(**clear_inputs("sd3"), **kwargs)
+
+
 def check_errors(rank):
     x = draw(1, 4, 1, 4)
     with pytest.raises(ValueError, match=r"`query` must hold rows .* 6 image tokens, got 4"):
@@ -134,6 +166,9 @@ def work(rank, folder, num_ranks=2):
     for feature_map in ("relu", "identity"):
         check_linear(rank, (5, 4), feature_map)
     check_convolution(rank, (5, 4))
+    check_pipeline(pooled=False)
+    check_pipeline(pooled=True)
+    check_controlnet()
     check_errors(rank)
     dist.destroy_process_group()
 
@@ -155,6 +190,9 @@ work(int(sys.argv[1]), {str(tmp_path)!r})
 
 
 def test_row_split():
-    assert row_split(7, 3) == [range(2), range(2, 4), range(4, 7)]
-    with pytest.raises(ValueError, match=r"`num_ranks` must be in 1 .. 2, the rows, got 3"):
-        row_split(2, 3)
+    assert row_split(7, 3) == (range(2), range(2, 4), range(4, 7))
+    assert row_split(20, 2, multiple=4) == (range(8), range(8, 20))
+    with pytest.raises(ValueError, match=r"`num_ranks` must be in 1 .. 2 for 4 rows .*, got 3"):
+        row_split(4, 3, multiple=2)
+    with pytest.raises(ValueError, match="`height` must be a multiple of 4, got 6"):
+        row_split(6, 1, multiple=4)
