@@ -236,6 +236,7 @@ def generate_cascade(
             of; a second call takes up where the first was stopped.
         vae_tiling: encode and decode images above the autoencoder's own size tile by tile.
         offload_device: keeps models on the CPU and moves each to this device when its turn comes.
+            Moving separates weights that two transformers share: on the CPU there are two then.
         say: takes a line about each stage.
 
     Returns:

@@ -15,7 +15,7 @@ from lintra.kernels import local_attention
 from .rotary import rotate
 
 if TYPE_CHECKING:
-    from ..parallel import RowShard
+    from ..row_shards import RowShard
 
 # The tokens of FLUX's training size, 64^2 + 512: there proportional attention changes nothing.
 _TRAINING_TOKENS = 4608
@@ -221,7 +221,8 @@ class ClearAttnProcessor(nn.Module):
         shard: "RowShard",
     ) -> Tensor:
         """As `_attend`, on the text and the rows of this rank."""
-        from ..parallel import gather_tokens, parallel_local_attention
+        from ..parallel import parallel_local_attention
+        from ..row_shards import gather_tokens
 
         assert spatial_shape is not None  # the model that made the shard
         assert radius is not None

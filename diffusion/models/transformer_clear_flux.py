@@ -13,7 +13,7 @@ from .clear import ClearMixin, check_spatial_shape
 from .image_ids import exact_ids, grid_of_ids
 
 if TYPE_CHECKING:
-    from ..parallel import RowShard
+    from ..row_shards import RowShard
 
 _ROPE_THETA = 10000
 
@@ -159,7 +159,7 @@ class ClearFluxTransformer2DModel(ClearMixin, FluxTransformer2DModel):
         return Transformer2DModelOutput(sample=output[0]) if return_dict else output
 
     def _shard(self, spatial_shape: tuple[int, int], group: Any) -> "RowShard":
-        from ..parallel import RowShard, row_split
+        from ..row_shards import RowShard, row_split
 
         if torch.is_grad_enabled():
             raise NotImplementedError(
@@ -170,7 +170,7 @@ class ClearFluxTransformer2DModel(ClearMixin, FluxTransformer2DModel):
 
     @staticmethod
     def _gather(tokens: Tensor, spatial_shape: tuple[int, int], shard: "RowShard") -> Tensor:
-        from ..parallel import gather_tokens
+        from ..row_shards import gather_tokens
 
         counts = [len(rows) * spatial_shape[1] for rows in shard.split]
         return gather_tokens(tokens, counts, shard.group)

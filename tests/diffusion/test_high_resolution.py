@@ -5,7 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, FluxImg2ImgPipeline, StableDiffusion3Img2ImgPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FluxImg2ImgPipeline,
+    StableDiffusion3Img2ImgPipeline,
+)
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -207,6 +212,30 @@ def test_text_is_encoded_once(monkeypatch):
     stages = plan(pipeline, SIZES[:1])
     generate_cascade(pipeline, "a cat", stages, teacher=teacher, negative_prompt="dull")
     assert texts == [("a cat", "a dog"), ("a cat", "dull")]
+
+
+def test_offloading(monkeypatch):
+    """Each stage's pipeline has its own hooks, and none are left behind."""
+    pipeline, teacher = cascade("flux")
+    events = []
+    for name in ("enable_model_cpu_offload", "remove_all_hooks"):
+        monkeypatch.setattr(
+            DiffusionPipeline,
+            name,
+            lambda self, name=name, **words: events.append(
+                (name, type(self).__name__, type(self.transformer).__name__, words)
+            ),
+        )
+    stages = plan(pipeline, SIZES[:2])
+    generate_cascade(
+        pipeline, prompt_embeddings("flux"), stages, teacher=teacher, offload_device="cuda:1"
+    )
+    starts = [event[1:] for event in events if event[0] == "enable_model_cpu_offload"]
+    assert starts == [
+        ("FluxPipeline", "FluxTransformer2DModel", {"device": "cuda:1"}),
+        ("FluxImg2ImgPipeline", "ClearFluxTransformer2DModel", {"device": "cuda:1"}),
+    ]
+    assert events[-1][0] == "remove_all_hooks"
 
 
 def change(**changes):

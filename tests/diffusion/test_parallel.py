@@ -9,12 +9,11 @@ import torch
 import torch.distributed as dist
 
 from lintra.diffusion.parallel import (
-    gather_tokens,
     parallel_linear_attention,
     parallel_local_attention,
     parallel_token_conv2d,
-    row_split,
 )
+from lintra.diffusion.row_shards import gather_tokens, row_split
 from lintra.kernels import linear_attention, local_attention, token_conv2d
 from tiny_clear import clear_inputs, sample, tiny_clear, tiny_clear_pipeline
 
