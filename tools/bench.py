@@ -17,7 +17,7 @@ OPERATIONS = {
     "local_attention": "local_attention",
 }
 MODEL_NAMES = ("inline_deit", "slab_deit", "lit")
-NAMES = (*OPERATIONS, *MODEL_NAMES, "models")
+NAMES = (*OPERATIONS, *MODEL_NAMES, "models", "clear")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -39,7 +39,8 @@ def _parser() -> ArgumentParser:
         action="append",
         help="a shape instead of the table's, can be repeated; linear_attention: B,N,H,D;"
         " token_conv2d: B,h,w,C,k[,residual[,per_sample]];"
-        " local_attention: side,radius[,H,D,prefix[,pooled]]; models: pixels,batch",
+        " local_attention: side,radius[,H,D,prefix[,pooled]]; models: pixels,batch;"
+        " clear: pixels,radius",
     )
     parser.add_argument("--only", default="", help="cases whose label holds this text")
     parser.add_argument("--direction", nargs="+", choices=("fwd", "bwd", "fwd+bwd"), default=())
@@ -121,7 +122,7 @@ def _cases(options: Namespace, settings: "Settings") -> "list[Case]":
         module = import_module(f".benchmark.{OPERATIONS[options.name]}", __package__)
         cases = [module.build(x) for x in options.shape] if options.shape else module.cases(tiny)
     else:
-        from .benchmark import models
+        from .benchmark import clear, models
 
         mode = models.Mode(
             settings.device,
@@ -131,7 +132,9 @@ def _cases(options: Namespace, settings: "Settings") -> "list[Case]":
             tiny=tiny,
         )
         names = MODEL_NAMES if options.name == "models" else (options.name,)
-        cases = models.cases(names, mode, options.shape)
+        one_step = options.name == "clear"
+        shapes = options.shape
+        cases = clear.cases(mode, shapes) if one_step else models.cases(names, mode, shapes)
     chosen = [case for case in cases if options.only in str(case)]
     if not chosen:
         labels = ", ".join(map(str, cases))
