@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._common.launch import device_guard, empty
+from .._common.launch import ceil_div, device_guard, empty
 
 # Elements a program holds, of which each of its threads has sixteen.
 _ELEMENTS = 2048
@@ -39,10 +39,10 @@ def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tenso
         return out
     channels = x.shape[-1]
     rows = x.numel() // channels
-    block_c = triton.next_power_of_2(channels)
+    block_c = 1 << (channels - 1).bit_length()
     block = max(1, _ELEMENTS // block_c)
     with device_guard(x):
-        _layer_norm_fwd_kernel[(triton.cdiv(rows, block),)](
+        _layer_norm_fwd_kernel[(ceil_div(rows, block),)](
             x.contiguous(), weight.contiguous(), bias.contiguous(), out, rows, eps,
             C=channels, BLOCK_C=block_c, BLOCK=block, num_warps=_WARPS,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._common.launch import device_guard, empty, unit_last
+from .._common.launch import ceil_div, device_guard, empty, unit_last
 from . import configs
 from .triton_blocks import lanes_of, load_row, widened
 from .triton_fwd import token_stride
@@ -119,7 +119,7 @@ def _reduce(part: Tensor, filters: int, size: int) -> tuple[Tensor, Tensor]:
     bias = empty(filters, like=part)
     block = configs.REDUCE_FILTERS
     with device_guard(part):
-        _token_conv2d_bwd_reduce_kernel[(triton.cdiv(filters, block), taps)](
+        _token_conv2d_bwd_reduce_kernel[(ceil_div(filters, block), taps)](
             part, weight, bias, rows, channels, filters,
             TAPS=taps - 1, BLOCK=configs.REDUCE_ROWS, BLOCK_F=block, num_warps=4,
         )  # fmt: skip
@@ -135,14 +135,14 @@ def token_conv2d_bwd_weight(
     taps = size * size + 1
     launch = configs.launch_of("conv_bwd_weight", tokens, size)
     columns = configs.columns_of(launch, width)
-    tiles = triton.cdiv(width, columns)
+    tiles = ceil_div(width, columns)
     slots = configs.slots_of(launch, tokens)
     groups = batch
     if not per_sample:
         groups = configs.groups_of(slots, channels * tiles / launch.lanes, batch)
-    blocks = triton.cdiv(groups * channels, launch.lanes)
+    blocks = ceil_div(groups * channels, launch.lanes)
     rows = configs.rows_of(slots, blocks * tiles, height, size)
-    parts = tiles * triton.cdiv(height, rows)
+    parts = tiles * ceil_div(height, rows)
     part = empty(parts, groups, taps, channels, like=tokens, dtype=torch.float32)
     if 0 not in tokens.shape:
         d_out, tokens = unit_last(d_out), unit_last(tokens)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._common.launch import device_guard, empty, unit_last
+from .._common.launch import ceil_div, device_guard, empty, unit_last
 from . import configs
 from .triton_blocks import lanes_of, load_row, widened
 
@@ -140,8 +140,8 @@ def convolve(
     filters, size = weight.shape[-3], weight.shape[-1]
     launch = configs.launch_of("conv_fwd", tokens, size)
     columns = configs.columns_of(launch, width)
-    tiles = triton.cdiv(width, columns)
-    blocks = triton.cdiv(batch * channels, launch.lanes)
+    tiles = ceil_div(width, columns)
+    blocks = ceil_div(batch * channels, launch.lanes)
     rows = configs.rows_of(configs.slots_of(launch, tokens), blocks * tiles, height, size)
     x_sb, x_sn = tokens.stride(0), token_stride(tokens)
     r_sb, r_sn = (0, 0) if residual is None else (residual.stride(0), token_stride(residual))
@@ -151,7 +151,7 @@ def convolve(
     if flipped:  # from the last tap backwards
         w_first, w_st = (size * size - 1) * w_st, -w_st
     with device_guard(tokens):
-        _token_conv2d_fwd_kernel[(blocks * tiles * triton.cdiv(height, rows),)](
+        _token_conv2d_fwd_kernel[(blocks * tiles * ceil_div(height, rows),)](
             tokens, taps, taps if bias is None else bias.contiguous(),
             tokens if residual is None else residual, out,
             batch, height, width, channels, filters, prefix, blocks, tiles, rows,

@@ -41,11 +41,11 @@ def test_textbook(dtype, parameters):
 
 @on_gpu_or_interpreted
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7, 12), (2, 19, 192), (513,), (2, 1, 512)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7, 12), (2, 19, 192), (257,), (2, 1, 256)], ids=str)
 def test_kernel(shape):
     inputs = inputs_of(*shape)
-    if shape[-1] > 512:
-        with pytest.raises(NotImplementedError, match="takes 1 to 512 channels, got 513"):
+    if shape[-1] > 256:
+        with pytest.raises(NotImplementedError, match="takes 1 to 256 channels, got 257"):
             layer_norm(*inputs, impl="triton")
         return
     assert_close_to_textbook(layer_norm(*inputs, impl="triton"), *inputs)
@@ -87,7 +87,7 @@ def test_compiles_without_a_graph_break():
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("channels", [192, 384, 17])
+@pytest.mark.parametrize("channels", [192, 256, 17])
 def test_kernel_on_gpu(dtype, channels):
     inputs = inputs_of(5, 197, channels, dtype=dtype)
     assert_close_to_textbook(layer_norm(*inputs), *inputs)

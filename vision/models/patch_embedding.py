@@ -14,9 +14,9 @@ from ..fold import Foldable, NormSite
 class PatchConv2d(nn.Conv2d):
     """A convolution whose stride is its kernel size, computed as a Linear on patches.
 
-    On an H100 with bfloat16, cuDNN's convolution of 3 channels takes eight times as long, and its
-    result has the channels first: every later layer of a model without a class token, which would
-    copy, then runs on strided tokens, several times slower.
+    On an H100 with bfloat16, cuDNN's convolution of 3 channels takes four times as long, and its
+    result has the channels first: without a class token, whose concatenation copies, every later
+    layer of a model then runs on strided tokens, several times slower.
 
     Shape:
         ``(B, C, H, W)`` to ``(B, C', H // kernel, W // kernel)``, a view of tokens
