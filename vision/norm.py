@@ -241,7 +241,8 @@ class TokenLayerNorm(LayerNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             return super().forward(x)
         return layer_norm(x, self.weight, self.bias, eps=self.eps)
 
