@@ -53,7 +53,7 @@ BWD_WEIGHT: Table = {
 }
 TABLES: dict[str, Table] = {"conv_fwd": FWD, "conv_bwd_weight": BWD_WEIGHT}
 # Of the kernel that adds partial gradients up.
-REDUCE_ROWS, REDUCE_FILTERS = 32, 32
+REDUCE_ROWS, REDUCE_FILTERS = 128, 32
 # Beyond, the weights of even one channel do not fit in the registers of a thread.
 MAX_SIZE = 7
 

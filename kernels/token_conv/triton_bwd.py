@@ -121,7 +121,7 @@ def _reduce(part: Tensor, filters: int, size: int) -> tuple[Tensor, Tensor]:
     with device_guard(part):
         _token_conv2d_bwd_reduce_kernel[(ceil_div(filters, block), taps)](
             part, weight, bias, rows, channels, filters,
-            TAPS=taps - 1, BLOCK=configs.REDUCE_ROWS, BLOCK_F=block, num_warps=4,
+            TAPS=taps - 1, BLOCK=configs.REDUCE_ROWS, BLOCK_F=block, num_warps=8,
         )  # fmt: skip
     return weight, bias
 
