@@ -6,9 +6,13 @@ memory that a program has on consumer cards.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._common.launch import architecture, multiprocessors
@@ -105,3 +109,58 @@ def disc_limit(height: int, width: int, radius: float) -> int:
     """The integer that squared distances inside the disc stay below, no larger than needed."""
     clipped = min(radius, height + width)  # has a finite square
     return min(math.ceil(clipped**2), (height - 1) ** 2 + (width - 1) ** 2 + 1)
+
+
+@cache
+def _knows_gluon() -> bool:
+    """Whether this triton is one that the kernels in Gluon, which still changes, were made for."""
+    try:
+        major, minor = (int(x) for x in version("triton").split(".")[:2])
+    except PackageNotFoundError:
+        return False
+    return (3, 6) <= (major, minor) <= (3, 8)
+
+
+def _copy_engine_takes(tensor: Tensor) -> bool:
+    """Its addresses and strides are multiples of 16 bytes."""
+    strides = [s for n, s in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if n > 1]
+    aligned = all(s > 0 and s * tensor.element_size() % 16 == 0 for s in strides)
+    return aligned and tensor.data_ptr() % 16 == 0
+
+
+def way_of(name: str, tensors: Iterable[Tensor], scale: float) -> str:
+    """hopper: kernels for the copy engine and the tensor cores of one architecture; general: any.
+    `name` is fwd or bwd."""
+    tensors = list(tensors)
+    first = tensors[0]
+    hopper = (
+        architecture(first.get_device()) == 90
+        and first.element_size() == 2
+        and scale > 0
+        and all(x.shape[3] in (64, 128) and _copy_engine_takes(x) for x in tensors)
+        and _knows_gluon()
+    )
+    return pin_or(f"local_{name}_way", "hopper" if hopper else "general")
+
+
+def hopper_stages(head_dim: int, value_dim: int) -> int:
+    """Places in the ring of keys and values: what 227 KB hold beside queries and output."""
+    return pin_or("local_hopper_stages", 4 if head_dim + value_dim > 128 else 6)
+
+
+def prefix_way(query: Tensor, value: Tensor) -> str:
+    """sdpa: cuDNN's dense attention, measured faster on Hopper; general: our own kernel."""
+    sdpa = (
+        architecture(query.get_device()) == 90
+        and query.element_size() == 2
+        and query.shape[3] == value.shape[3]
+        and query.shape[3] % 8 == 0
+        and torch.backends.cudnn.is_available()
+    )
+    return pin_or("local_prefix_way", "sdpa" if sdpa else "general")
+
+
+def sdpa_parts(query: Tensor) -> int:
+    """Ranges of keys of the prefix queries in cuDNN: four fill a GPU that few queries leave idle."""
+    batch, num_tokens = query.shape[:2]
+    return pin_or("local_sdpa_parts", 4 if batch == 1 and num_tokens % 4 == 0 else 1)

@@ -119,8 +119,8 @@ def store_tokens(p, rows, mask, stride, values, C: tl.constexpr, BLOCK_C: tl.con
 
 @triton.jit
 def dot(a, b):
-    """a b in float32; float32 operands keep their digits through three tf32 products."""
-    return tl.dot(a, b, input_precision="tf32x3")
+    """a b with float32 sums; float32 operands keep all their digits."""
+    return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit

@@ -142,32 +142,52 @@ def _local_attention_fwd_kernel(
     tl.store(p_lse + batch * l_sb + rows.to(tl.int64) * l_sn + head * l_sh, lse, mask=mask)
 
 
-@triton.jit(do_not_specialize=["parts", "rows", "rows_out", "heads", "part_size"])
+@triton.jit(
+    do_not_specialize=[
+        "parts", "batch", "rows", "heads", "o_sb", "o_sn", "o_sh", "l_sb", "l_sn", "l_sh",
+        "rows_out",
+    ]
+)  # fmt: skip
 def _merge_kernel(
-    p_part, p_part_lse, p_o, p_lse, parts, rows, rows_out, heads, part_size,
+    p_part, p_part_lse, p_o, p_lse, parts, batch, rows, heads, rows_out,
+    o_sb, o_sn, o_sh, l_sb, l_sn, l_sh,
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """lse = log sum_p exp(lse_p), o = sum_p exp(lse_p - lse) o_p. Grid (B, blocks of (token, head)
-    pairs): parts (parts, B, T, H, E) and (parts, B, T, H), results in the first T of N tokens."""
-    o_m = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """lse = log sum_p exp(lse_p), o = sum_p exp(lse_p - lse) o_p. Grid (blocks of (token, head)
+    pairs, B): parts (parts * B, T, H, E) and (parts * B, T, H), results in the first T of
+    `rows_out` tokens."""
+    o_m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_m = o_m < rows * heads
-    o_in = tl.program_id(0).to(tl.int64) * rows * heads + o_m
-    o_out = tl.program_id(0).to(tl.int64) * rows_out * heads + o_m
+    row, head = (o_m // heads).to(tl.int64), (o_m % heads).to(tl.int64)
+    index = tl.program_id(1).to(tl.int64)
+    o_out = (index * rows_out + row) * heads + head
     top = tl.full((BLOCK,), -1e38, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     acc = tl.zeros((BLOCK, BLOCK_E), tl.float32)
     for _ in range(parts):
-        lse = tl.load(p_part_lse + o_in, mask=m_m, other=0.0)
+        lse = tl.load(p_part_lse + index * l_sb + row * l_sn + head * l_sh, mask=m_m, other=0.0)
         new_top = tl.maximum(top, lse)
         change, weight = tl.exp(top - new_top), tl.exp(lse - new_top)
         total = total * change + weight
-        o = load_tokens(p_part, o_in, m_m, E, E, BLOCK_E).to(tl.float32)
-        acc = acc * change[:, None] + o * weight[:, None]
+        o = load_tokens(p_part + index * o_sb, row * o_sn + head * o_sh, m_m, 1, E, BLOCK_E)
+        acc = acc * change[:, None] + o.to(tl.float32) * weight[:, None]
         top = new_top
-        o_in += part_size
+        index += batch
     total = tl.where(m_m, total, 1.0)
     store_tokens(p_o, o_out, m_m, E, acc / total[:, None], E, BLOCK_E)
     tl.store(p_lse + o_out, top + tl.log(total), mask=m_m)
+
+
+def _merge(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Writes the first tokens of `out` (B, N, H, E) and `lse` (B, N, H) from their parts
+    (parts * B, T, H, E) and (parts * B, T, H)."""
+    batch, num_tokens, heads, value_dim = out.shape
+    rows, block = part.shape[1], 16
+    _merge_kernel[(triton.cdiv(rows * heads, block), batch)](
+        part, part_lse, out, lse, part.shape[0] // batch, batch, rows, heads, num_tokens,
+        *part.stride()[:3], *part_lse.stride(),
+        E=value_dim, BLOCK_E=configs.channel_block(value_dim), BLOCK=block, num_warps=4,
+    )  # fmt: skip
 
 
 def score_factors(scale: float) -> tuple[float, float]:
@@ -177,7 +197,27 @@ def score_factors(scale: float) -> tuple[float, float]:
     return float(sign), abs(scale) * 1.4426950408889634 if sign else 1.0
 
 
-def fill_prefix(
+def _fill_prefix_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, num_prefix: int,
+    scale: float,
+) -> None:  # fmt: skip
+    """Writes the first `num_prefix` queries of `out` and `lse` by cuDNN, ranges of keys as a
+    batch."""
+    parts = configs.sdpa_parts(query)
+    q = query[:, :num_prefix].transpose(1, 2)
+    k, v = (
+        x.unflatten(1, (parts, -1)).flatten(0, 1).transpose(1, 2)
+        if parts > 1
+        else x.transpose(1, 2)
+        for x in (key, value)
+    )
+    part, part_lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q.expand(parts * q.shape[0], -1, -1, -1), k, v, None, True, scale=scale
+    )
+    _merge(part.transpose(1, 2), part_lse.flatten(2).transpose(1, 2), out, lse)
+
+
+def _fill_prefix(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, num_prefix: int,
     scale: float,
 ) -> None:  # fmt: skip
@@ -194,20 +234,34 @@ def fill_prefix(
     vector = common_vector(query, key, value, part)
     strides = strides_in_vectors(vector, query, key, value)
     sign, factor = score_factors(scale)
-    with device_guard(query):
-        _local_attention_fwd_kernel[(batch * heads * programs, parts)](
-            query, key, value, key, value, part, part_lse, sign, factor,
-            heads, 1, num_tokens - num_prefix, num_prefix, 0, 1, share, programs,
-            *strides, 0, 0, 0, 0, 0, 0, *strides_in_vectors(vector, part), *part_lse.stride(),
-            IMAGE=False, VECTOR=vector, **launch.blocks(head_dim, value_dim),
-        )  # fmt: skip
-        if parts > 1:
-            rows = num_prefix * heads
-            block = 16
-            _merge_kernel[(batch, triton.cdiv(rows, block))](
-                part, part_lse, out, lse, parts, num_prefix, num_tokens, heads, batch * rows,
-                E=value_dim, BLOCK_E=configs.channel_block(value_dim), BLOCK=block, num_warps=4,
-            )  # fmt: skip
+    _local_attention_fwd_kernel[(batch * heads * programs, parts)](
+        query, key, value, key, value, part, part_lse, sign, factor,
+        heads, 1, num_tokens - num_prefix, num_prefix, 0, 1, share, programs,
+        *strides, 0, 0, 0, 0, 0, 0, *strides_in_vectors(vector, part), *part_lse.stride(),
+        IMAGE=False, VECTOR=vector, **launch.blocks(head_dim, value_dim),
+    )  # fmt: skip
+    if parts > 1:
+        _merge(part, part_lse, out, lse)
+
+
+def _fill_image(
+    inputs: tuple[Tensor, ...], out: Tensor, lse: Tensor,
+    height: int, width: int, num_prefix: int, limit: int, scale: float,
+) -> None:  # fmt: skip
+    """Writes the image queries of `out` and `lse`."""
+    query, _, value, extra_key, _ = inputs
+    batch, _, heads, head_dim = query.shape
+    value_dim = value.shape[3]
+    launch = configs.launch_of("local_fwd", query, max(head_dim, value_dim))
+    programs = launch.own_tiles(height, width)
+    vector = common_vector(*inputs, out)
+    sign, factor = score_factors(scale)
+    _local_attention_fwd_kernel[(batch * heads * programs,)](
+        *inputs, out, lse, sign, factor,
+        heads, height, width, num_prefix, extra_key.shape[1], limit, 0, programs,
+        *strides_in_vectors(vector, *inputs, out), *lse.stride(),
+        IMAGE=True, VECTOR=vector, **launch.blocks(head_dim, value_dim),
+    )  # fmt: skip
 
 
 def local_attention_fwd(
@@ -215,28 +269,22 @@ def local_attention_fwd(
     height: int, width: int, num_prefix: int, radius: float, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operation of `api.local_attention` on tensors that `api` has checked."""
-    batch, num_tokens, heads, head_dim = query.shape
-    value_dim = value.shape[3]
-    out = empty(batch, num_tokens, heads, value_dim, like=query)
-    lse = empty(batch, num_tokens, heads, like=query, dtype=torch.float32)
+    out = empty(*query.shape[:3], value.shape[3], like=query)
+    lse = empty(*query.shape[:3], like=query, dtype=torch.float32)
     if lse.numel() == 0:
         return out, lse
-    query, key, value, extra_key, extra_value = map(
-        unit_last, (query, key, value, extra_key, extra_value)
-    )
-    launch = configs.launch_of("local_fwd", query, max(head_dim, value_dim))
-    programs = launch.own_tiles(height, width)
-    tensors = (query, key, value, extra_key, extra_value, out)
-    vector = common_vector(*tensors)
-    sign, factor = score_factors(scale)
+    inputs = tuple(map(unit_last, (query, key, value, extra_key, extra_value)))
+    limit = configs.disc_limit(height, width, radius)
     with device_guard(query):
-        _local_attention_fwd_kernel[(batch * heads * programs,)](
-            query, key, value, extra_key, extra_value, out, lse, sign, factor,
-            heads, height, width, num_prefix, extra_key.shape[1],
-            configs.disc_limit(height, width, radius), 0, programs,
-            *strides_in_vectors(vector, *tensors), *lse.stride(),
-            IMAGE=True, VECTOR=vector, **launch.blocks(head_dim, value_dim),
-        )  # fmt: skip
-    if num_prefix:
-        fill_prefix(query, key, value, out, lse, num_prefix, scale)
+        if configs.way_of("fwd", inputs, scale) == "hopper":
+            from .hopper_fwd import fill_image  # Gluon is not in every triton
+
+            factor = score_factors(scale)[1]
+            fill_image(inputs, out, lse, height, width, num_prefix, limit, factor)
+        else:
+            _fill_image(inputs, out, lse, height, width, num_prefix, limit, scale)
+        if num_prefix:
+            sdpa = configs.prefix_way(query, value) == "sdpa"
+            fill = _fill_prefix_sdpa if sdpa else _fill_prefix
+            fill(*inputs[:3], out, lse, num_prefix, scale)
     return out, lse
