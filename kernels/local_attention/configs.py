@@ -121,7 +121,7 @@ def _knows_gluon() -> bool:
     return (3, 6) <= (major, minor) <= (3, 8)
 
 
-def _copy_engine_takes(tensor: Tensor) -> bool:
+def copy_engine_takes(tensor: Tensor) -> bool:
     """Its addresses and strides are multiples of 16 bytes."""
     strides = [s for n, s in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if n > 1]
     aligned = all(s > 0 and s * tensor.element_size() % 16 == 0 for s in strides)
@@ -137,15 +137,16 @@ def way_of(name: str, tensors: Iterable[Tensor], scale: float) -> str:
         architecture(first.get_device()) == 90
         and first.element_size() == 2
         and scale > 0
-        and all(x.shape[3] in (64, 128) and _copy_engine_takes(x) for x in tensors)
+        and all(x.shape[3] in (64, 128) and copy_engine_takes(x) for x in tensors)
         and _knows_gluon()
     )
     return pin_or(f"local_{name}_way", "hopper" if hopper else "general")
 
 
-def hopper_stages(head_dim: int, value_dim: int) -> int:
-    """Places in the ring of keys and values: what 227 KB hold beside queries and output."""
-    return pin_or("local_hopper_stages", 4 if head_dim + value_dim > 128 else 6)
+def hopper_stages(name: str, head_dim: int, value_dim: int) -> int:
+    """Places in the ring of tiles: what 227 KB hold beside own tokens and output."""
+    wide = head_dim + value_dim > 128
+    return pin_or(f"local_{name}_hopper_stages", {"fwd": 4, "bwd": 4}[name] if wide else 6)
 
 
 def prefix_way(query: Tensor, value: Tensor) -> str:
@@ -161,6 +162,17 @@ def prefix_way(query: Tensor, value: Tensor) -> str:
 
 
 def sdpa_parts(query: Tensor) -> int:
-    """Ranges of keys of the prefix queries in cuDNN: four fill a GPU that few queries leave idle."""
+    """Ranges of keys of the prefix queries in cuDNN: four keep a GPU busier than one."""
     batch, num_tokens = query.shape[:2]
     return pin_or("local_sdpa_parts", 4 if batch == 1 and num_tokens % 4 == 0 else 1)
+
+
+def even_parts(programs: int, tiles: int, processors: int) -> int:
+    """How many parts the visits of dense programs are cut into: of up to six, so that partial sums
+    stay small, those that keep all processors busy to the end."""
+    most = max(1, min(6, tiles))
+
+    def busy(parts: int) -> float:
+        return programs * parts / (-(-programs * parts // processors) * processors)
+
+    return pin_or("local_hopper_parts", max(range(1, most + 1), key=busy))

@@ -1,27 +1,26 @@
-"""Pieces of the Hopper kernels of local attention: items, the loading warp, rings, masks.
+"""Pieces of the Hopper kernels of local attention: items, the ring of tiles, masks, descriptors.
 
-A program keeps running and takes every n-th item: 8 x 16 tokens of the grid that two groups of four
-warps own, 8 x 8 each (or 2 x 64 tokens of a sequence). One more warp loads: tiles of 8 x 8 other
-tokens come through the copy engine (TMA) straight from the raster order into a ring of shared
-memory, once for both groups; a group skips those its discs do not touch. Written in Gluon, since
-Triton's own language does not specialise warps on this architecture.
+A program keeps running and takes every n-th item: two or three tiles of 8 x 8 tokens of the grid,
+neighbours in a snake through it, each owned by a group of four warps (or as many times 64 tokens of
+a sequence). One more warp loads: tiles of 8 x 8 other tokens come through the copy engine (TMA)
+straight from the raster order into a ring of shared memory, once for all groups; a group skips
+those its discs do not touch. Written in Gluon, since Triton's own language does not specialise
+warps on this architecture.
 """
 
 import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .triton_blocks import tile_columns, tile_rows
+from .triton_blocks import integer_root
 
 SIDE = gl.constexpr(8)
 TILE = gl.constexpr(64)
-# Squares of distances on any grid are smaller, those to a token out of it are not.
-EVERYWHERE = gl.constexpr(23200 * 23200)
+# As in `triton_blocks.far_outside`.
 FAR = gl.constexpr(23200)
-FARTHEST = gl.constexpr(23200 + 16384)
 
 
 @gluon.jit
@@ -32,18 +31,55 @@ def advance(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def place_of(item, tiles, per_row, heads):
-    """Batch, head, and the first row and column of the tokens of an item on the grid."""
-    sequence, tile = item // tiles, item % tiles
-    y, x = (tile // per_row) * SIDE, (tile % per_row) * (2 * SIDE)
-    return sequence // heads, sequence % heads, y, x
+def own_tile(item, group, tiles, height, width, GROUPS: gl.constexpr):
+    """First row and column of a group's tile of an item, and whether there is one: the last item
+    of a head may have fewer tiles than groups, which then do the last one again in vain."""
+    columns = (width + SIDE - 1) // SIDE
+    count = (height + SIDE - 1) // SIDE * columns
+    tile = (item % tiles) * GROUPS + group
+    exists = tile < count
+    tile = gl.minimum(tile, count - 1)
+    row, column = tile // columns, tile % columns
+    column = gl.where(row % 2 == 1, columns - 1 - column, column)
+    return row * SIDE, column * SIDE, exists
 
 
 @gluon.jit
-def load(desc, place, ring, full, empty, slot, phase):
-    """Starts a copy into `slot` of the ring once nobody reads it any more."""
-    mbarrier.wait(empty.index(slot), phase ^ 1)
-    mbarrier.expect(full.index(slot), desc.block_type.nbytes)
+def rows_of_item(item, tiles, height, width, limit, GROUPS: gl.constexpr):
+    """First and last row of tiles that any group of an item needs."""
+    top, _, _ = own_tile(item, 0, tiles, height, width, GROUPS)
+    bottom, _, _ = own_tile(item, GROUPS - 1, tiles, height, width, GROUPS)
+    reach = integer_root(limit - 1)
+    first = gl.maximum(top - reach, 0) // SIDE
+    return first, gl.minimum(bottom + (SIDE - 1) + reach, height - 1) // SIDE
+
+
+@gluon.jit
+def columns_of(row, y, x, width, limit):
+    """First and last tile in a row of tiles that discs around the 8 x 8 tokens at (y, x) touch; the
+    first is beyond any grid, the last before it, where there is none."""
+    gap = gl.maximum(row * SIDE - (y + (SIDE - 1)), y - (row * SIDE + (SIDE - 1)))
+    gap = gl.maximum(gap, 0)
+    rest = limit - 1 - gap * gap
+    reach = integer_root(gl.maximum(rest, 0))
+    first = gl.maximum(x - reach, 0) // SIDE
+    last = gl.minimum(x + (SIDE - 1) + reach, width - 1) // SIDE
+    return gl.where(rest < 0, FAR, first), gl.where(rest < 0, -1, last)
+
+
+@gluon.jit
+def columns_of_item(row, item, tiles, height, width, limit, GROUPS: gl.constexpr):
+    """First and last tile in a row of tiles that any group of an item needs."""
+    any_first, any_last = FAR + 0, -1
+    for group in gl.static_range(GROUPS):
+        y, x, _ = own_tile(item, group, tiles, height, width, GROUPS)
+        first, last = columns_of(row, y, x, width, limit)
+        any_first, any_last = gl.minimum(any_first, first), gl.maximum(any_last, last)
+    return any_first, any_last
+
+
+@gluon.jit
+def copy(desc, place, ring, full, slot):
     tma.async_copy_global_to_shared(
         desc, place, full.index(slot),
         ring.index(slot)._reinterpret(desc.dtype, desc.block_type.shape, desc.layout),
@@ -51,35 +87,22 @@ def load(desc, place, ring, full, empty, slot, phase):
 
 
 @gluon.jit
-def skip(a_full, a_empty, b_full, b_empty, slot, phase, count, STAGES: gl.constexpr):
-    """Passes tiles that only the other group needs; their arrival keeps the rounds in step."""
-    for _ in range(count):
-        mbarrier.wait(a_full.index(slot), phase)
-        mbarrier.arrive(a_empty.index(slot))
-        mbarrier.wait(b_full.index(slot), phase)
-        mbarrier.arrive(b_empty.index(slot))
-        slot, phase = advance(slot, phase, STAGES)
-    return slot, phase
+def load_tile(a_desc, b_desc, a_s, b_s, full, empty, place, slot, phase):
+    """Starts the copies of a tile of two tensors into `slot` once nobody reads it any more."""
+    mbarrier.wait(empty.index(slot), phase ^ 1)
+    mbarrier.expect(full.index(slot), a_desc.block_type.nbytes + b_desc.block_type.nbytes)
+    copy(a_desc, place, a_s, full, slot)
+    copy(b_desc, place, b_s, full, slot)
 
 
 @gluon.jit
-def next_tile(
-    tile, dense_tiles, slot, phase, row, column, last, any_last, y, x, x_item, width, limit,
-    a_full, a_empty, b_full, b_empty, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Goes to the group's tile number `tile`: slot and phase, row and column on the grid, last
-    column of this row for the group and for the item."""
-    if (tile >= dense_tiles) & (column == last):
-        slot, phase = skip(a_full, a_empty, b_full, b_empty, slot, phase, any_last - last, STAGES)
-        row += 1
-        any_first, any_last = tile_columns(row, y, x_item, width, limit, SIDE, 2 * SIDE, SIDE, SIDE)
-        column, last = tile_columns(row, y, x, width, limit, SIDE, SIDE, SIDE, SIDE)
-        slot, phase = skip(
-            a_full, a_empty, b_full, b_empty, slot, phase, column - any_first, STAGES
-        )
-    else:
-        column = gl.where(tile >= dense_tiles, column + 1, column)
-    return slot, phase, row, column, last, any_last
+def skip(full, empty, slot, phase, count, STAGES: gl.constexpr):
+    """Passes tiles that only other groups need; the arrival keeps the rounds in step."""
+    for _ in range(count):
+        mbarrier.wait(full.index(slot), phase)
+        mbarrier.arrive(empty.index(slot))
+        slot, phase = advance(slot, phase, STAGES)
+    return slot, phase
 
 
 @gluon.jit
@@ -91,48 +114,34 @@ def tokens_left(tile, prefix_tiles, num_prefix, num_extra):
 
 
 @gluon.jit
-def seen(
-    own_y, own_x, o_n, is_dense, count, row, column, height, width, limit
-):  # fmt: skip
-    """Which pairs see each other, without a branch: the first `count` tokens of a dense tile lie at
-    the corner of the grid within an endless disc, tokens that do not exist outside every disc."""
+def in_disc(own_y, own_x, o_n, row, column, height, width, limit):
+    """Which pairs see each other; tokens off the grid lie outside every disc."""
     other_y, other_x = row * SIDE + o_n // SIDE, column * SIDE + o_n % SIDE
     other_y = gl.where(other_y < height, other_y, other_y + FAR)
     other_x = gl.where(other_x < width, other_x, other_x + FAR)
-    other_y = gl.where(is_dense, 0, other_y)
-    other_x = gl.where(is_dense, gl.where(o_n < count, 0, FARTHEST), other_x)
     dy = own_y[:, None] - other_y[None, :]
     dx = own_x[:, None] - other_x[None, :]
-    return dy * dy < gl.where(is_dense, EVERYWHERE, limit) - dx * dx
+    return dy * dy < limit - dx * dx
 
 
 @gluon.jit
-def load_dense(
-    a_desc, b_desc, a_s, b_s, a_full, a_empty, b_full, b_empty, batch, head, count, slot, phase,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    for first in range(0, count, TILE):
-        load(a_desc, [batch, head, first, 0], a_s, a_full, a_empty, slot, phase)
-        load(b_desc, [batch, head, first, 0], b_s, b_full, b_empty, slot, phase)
-        slot, phase = advance(slot, phase, STAGES)
-    return slot, phase
+def is_whole(row, column, y, x, height, width, limit):
+    """Whether all pairs of two tiles see each other."""
+    other_y, other_x = row * SIDE, column * SIDE
+    far_y = gl.maximum(other_y + (SIDE - 1) - y, y + (SIDE - 1) - other_y)
+    far_x = gl.maximum(other_x + (SIDE - 1) - x, x + (SIDE - 1) - other_x)
+    inside = (other_y + SIDE <= height) & (other_x + SIDE <= width)
+    return (far_y * far_y + far_x * far_x < limit) & inside
 
 
 @gluon.jit
-def load_disc(
-    a_desc, b_desc, a_s, b_s, a_full, a_empty, b_full, b_empty, batch, head, y, x, slot, phase,
-    height, width, limit, STAGES: gl.constexpr,
-):  # fmt: skip
-    """All tiles that discs around the 8 x 16 tokens at (y, x) touch, row by row."""
-    first_row, last_row = tile_rows(y, height, limit, SIDE, SIDE)
-    for row in range(first_row, last_row + 1):
-        first, last = tile_columns(row, y, x, width, limit, SIDE, 2 * SIDE, SIDE, SIDE)
-        for column in range(first, last + 1):
-            place = [batch, head, row * SIDE, column * SIDE, 0]
-            load(a_desc, place, a_s, a_full, a_empty, slot, phase)
-            load(b_desc, place, b_s, b_full, b_empty, slot, phase)
-            slot, phase = advance(slot, phase, STAGES)
-    return slot, phase
+def store_tile(desc, place, staging, values):
+    """Starts to write 8 x 8 tokens through shared memory."""
+    staging.store(values.to(desc.dtype))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(
+        desc, place, staging._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -172,8 +181,6 @@ def dense_descriptor(tensor: Tensor, count: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, shape, strides, [1, 1, TILE.value, channels], layout)
 
 
-def items_of(batch: int, heads: int, height: int, width: int) -> tuple[int, int, int]:
-    """Items of all heads, of one head, and of one row of the grid."""
-    per_row = triton.cdiv(width, 2 * SIDE.value)
-    tiles = triton.cdiv(height, SIDE.value) * per_row
-    return batch * heads * tiles, tiles, per_row
+def tiles_of(height: int, width: int) -> int:
+    """Tiles of 8 x 8 tokens of a grid."""
+    return triton.cdiv(height, SIDE.value) * triton.cdiv(width, SIDE.value)

@@ -285,20 +285,33 @@ class _Backward:
 
     def __init__(
         self, inputs: list[Tensor], results: list[Tensor],
-        height: int, width: int, num_prefix: int, radius: float, scale: float,
+        grid: tuple[int, int], num_prefix: int, limit: int, scale: float,
     ) -> None:  # fmt: skip
-        self.inputs = [unit_last(x) for x in inputs]
+        self.inputs = inputs
         self.out, self.lse, self.d_out, self.d_lse = results
-        self.d_out, self.delta = unit_last(self.d_out), torch.empty_like(self.lse)
-        self.grid = (height, width)
-        self.num_prefix = num_prefix
-        self.limit = configs.disc_limit(height, width, radius)
+        self.delta = torch.empty_like(self.lse)
+        self.grid, self.num_prefix, self.limit = grid, num_prefix, limit
         sign, factor = score_factors(scale)
         self.numbers = (sign, factor, scale)
         query, _, value = inputs[:3]
         self.batch, self.num_tokens, self.heads, self.head_dim = query.shape
         self.value_dim = value.shape[3]
         self.width = max(self.head_dim, self.value_dim)
+
+    def fill(self, grads: list[Tensor]) -> None:
+        """Fills the gradients of the five inputs."""
+        _, key, value, extra_key, extra_value = self.inputs
+        grad_query, grad_key, grad_value, grad_extra_key, grad_extra_value = grads
+        self.queries(grad_query, image=True)
+        if self.num_prefix:
+            self.queries(grad_query, image=False)
+        self.keys(key, value, grad_key, grad_value, 0, image=True)
+        if self.num_prefix:
+            prefix = (x[:, : self.num_prefix] for x in (key, value, grad_key, grad_value))
+            self.keys(*prefix, 0, image=False)
+        if extra_key.shape[1]:
+            extra = (extra_key, extra_value, grad_extra_key, grad_extra_value)
+            self.keys(*extra, self.num_prefix, image=False)
 
     def queries(self, grad: Tensor, *, image: bool) -> None:
         """Fills the rows of `grad` (B, N, H, D) that belong to image or prefix; writes delta."""
@@ -371,19 +384,20 @@ def local_attention_bwd(
     grads = [empty(*x.shape, like=x) for x in inputs]
     if lse.numel() == 0:
         return tuple(grads)
-    run = _Backward(inputs, [out, lse, d_out, d_lse], height, width, num_prefix, radius, scale)
-    _, key, value, extra_key, extra_value = run.inputs
-    grad_query, grad_key, grad_value, grad_extra_key, grad_extra_value = grads
+    inputs = [unit_last(x) for x in inputs]
+    limit = configs.disc_limit(height, width, radius)
     with device_guard(query):
-        run.queries(grad_query, image=True)
-        if num_prefix:
-            run.queries(grad_query, image=False)
-        run.keys(key, value, grad_key, grad_value, 0, image=True)
-        if num_prefix:
-            prefix = (x[:, :num_prefix] for x in (key, value, grad_key, grad_value))
-            run.keys(*prefix, 0, image=False)
-        if extra_key.shape[1]:
-            run.keys(
-                extra_key, extra_value, grad_extra_key, grad_extra_value, num_prefix, image=False
+        if configs.way_of("bwd", inputs, scale) == "hopper":
+            from .hopper_grads import HopperBackward, fill_gradients  # as in `triton_fwd.py`
+
+            d_out = d_out if configs.copy_engine_takes(d_out) else d_out.contiguous()
+            factor = score_factors(scale)[1]
+            hopper = HopperBackward(
+                tuple(inputs), d_out, height, width, num_prefix, limit, factor, scale
             )
+            fill_gradients(hopper, out, lse, d_lse, tuple(grads))
+        else:
+            results = [out, lse, unit_last(d_out), d_lse]
+            run = _Backward(inputs, results, (height, width), num_prefix, limit, scale)
+            run.fill(grads)
     return tuple(grads)
