@@ -68,14 +68,14 @@ BWD_DQ: Table = {
     (0, 2, 128): Launch((8, 8), (4, 8), 4, 2),
     (0, 4, 64): Launch((4, 8), (4, 8), 4, 1),
     (0, 4, 128): Launch((4, 8), (4, 4), 4, 1),
-    (90, 2, 128): Launch((8, 8), (8, 8), 4, 3),
+    (90, 2, 128): Launch((8, 8), (8, 8), 4, 2),
 }
 BWD_DKV: Table = {
     (0, 2, 64): Launch((8, 8), (8, 8), 4, 2),
     (0, 2, 128): Launch((8, 8), (4, 8), 4, 2),
     (0, 4, 64): Launch((4, 8), (4, 8), 4, 1),
     (0, 4, 128): Launch((4, 8), (4, 4), 4, 1),
-    (90, 2, 128): Launch((8, 8), (8, 8), 4, 3),
+    (90, 2, 128): Launch((8, 8), (4, 8), 4, 3),
 }
 TABLES: dict[str, Table] = {"local_fwd": FWD, "local_bwd_dq": BWD_DQ, "local_bwd_dkv": BWD_DKV}
 
@@ -176,3 +176,14 @@ def even_parts(programs: int, tiles: int, processors: int) -> int:
         return programs * parts / (-(-programs * parts // processors) * processors)
 
     return pin_or("local_hopper_parts", max(range(1, most + 1), key=busy))
+
+
+def heads_together(heads: int, width: int, limit: int, token_bytes: int) -> int:
+    """Heads whose items take turns: those of one tile are read from memory side by side, as long as
+    the rows that one row of tiles sees stay in the cache (half of 50 MB on an H100) for the next.
+
+    `token_bytes` are those of the tokens of a head that items visit.
+    """
+    rows = 2 * math.isqrt(limit) + 8
+    fitting = [n for n in (1, 2, 4, 8) if n * rows * width * token_bytes <= 24e6]
+    return pin_or("local_hopper_together", math.gcd(heads, max(fitting, default=1)))

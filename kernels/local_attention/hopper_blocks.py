@@ -1,11 +1,10 @@
 """Pieces of the Hopper kernels of local attention: items, the ring of tiles, masks, descriptors.
 
-A program keeps running and takes every n-th item: two or three tiles of 8 x 8 tokens of the grid,
-neighbours in a snake through it, each owned by a group of four warps (or as many times 64 tokens of
-a sequence). One more warp loads: tiles of 8 x 8 other tokens come through the copy engine (TMA)
-straight from the raster order into a ring of shared memory, once for all groups; a group skips
-those its discs do not touch. Written in Gluon, since Triton's own language does not specialise
-warps on this architecture.
+A program keeps running and takes every n-th item: 8 x 16 tokens of the grid, of which two groups
+of four warps own 8 x 8 each (or 2 x 64 tokens of a sequence). One more warp loads: tiles of 8 x 8
+other tokens come through the copy engine (TMA) straight from the raster order into a ring of shared
+memory, once for both groups; a group skips those its discs do not touch. Written in Gluon, since
+Triton's own language does not specialise warps on this architecture.
 """
 
 import triton
@@ -15,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .triton_blocks import integer_root
+from .triton_blocks import tile_columns
 
 SIDE = gl.constexpr(8)
 TILE = gl.constexpr(64)
@@ -31,51 +30,28 @@ def advance(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def own_tile(item, group, tiles, height, width, GROUPS: gl.constexpr):
+def sequence_of(item, tiles, together):
+    """Sequence (batch and head) and number within it of an item. `together` heads are done at a
+    time: their channels lie side by side, and memory likes long reads."""
+    chunk, within = item // (tiles * together), item % (tiles * together)
+    return chunk * together + within % together, within // together
+
+
+@gluon.jit
+def own_tile(number, group, height, width):
     """First row and column of a group's tile of an item, and whether there is one: the last item
-    of a head may have fewer tiles than groups, which then do the last one again in vain."""
+    of a row may have one tile only, which the other group then does again in vain."""
     columns = (width + SIDE - 1) // SIDE
-    count = (height + SIDE - 1) // SIDE * columns
-    tile = (item % tiles) * GROUPS + group
-    exists = tile < count
-    tile = gl.minimum(tile, count - 1)
-    row, column = tile // columns, tile % columns
-    column = gl.where(row % 2 == 1, columns - 1 - column, column)
-    return row * SIDE, column * SIDE, exists
+    per_row = (columns + 1) // 2
+    row, column = number // per_row, number % per_row * 2 + group
+    return row * SIDE, gl.minimum(column, columns - 1) * SIDE, column < columns
 
 
 @gluon.jit
-def rows_of_item(item, tiles, height, width, limit, GROUPS: gl.constexpr):
-    """First and last row of tiles that any group of an item needs."""
-    top, _, _ = own_tile(item, 0, tiles, height, width, GROUPS)
-    bottom, _, _ = own_tile(item, GROUPS - 1, tiles, height, width, GROUPS)
-    reach = integer_root(limit - 1)
-    first = gl.maximum(top - reach, 0) // SIDE
-    return first, gl.minimum(bottom + (SIDE - 1) + reach, height - 1) // SIDE
-
-
-@gluon.jit
-def columns_of(row, y, x, width, limit):
-    """First and last tile in a row of tiles that discs around the 8 x 8 tokens at (y, x) touch; the
-    first is beyond any grid, the last before it, where there is none."""
-    gap = gl.maximum(row * SIDE - (y + (SIDE - 1)), y - (row * SIDE + (SIDE - 1)))
-    gap = gl.maximum(gap, 0)
-    rest = limit - 1 - gap * gap
-    reach = integer_root(gl.maximum(rest, 0))
-    first = gl.maximum(x - reach, 0) // SIDE
-    last = gl.minimum(x + (SIDE - 1) + reach, width - 1) // SIDE
-    return gl.where(rest < 0, FAR, first), gl.where(rest < 0, -1, last)
-
-
-@gluon.jit
-def columns_of_item(row, item, tiles, height, width, limit, GROUPS: gl.constexpr):
-    """First and last tile in a row of tiles that any group of an item needs."""
-    any_first, any_last = FAR + 0, -1
-    for group in gl.static_range(GROUPS):
-        y, x, _ = own_tile(item, group, tiles, height, width, GROUPS)
-        first, last = columns_of(row, y, x, width, limit)
-        any_first, any_last = gl.minimum(any_first, first), gl.maximum(any_last, last)
-    return any_first, any_last
+def columns_of(row, y, x, width, limit, WIDTH: gl.constexpr):
+    """First and last tile in a row of tiles that discs around the 8 x WIDTH tokens at (y, x) touch:
+    as wide as the disc is at the nearest rows."""
+    return tile_columns(row, y, x, width, limit, SIDE, WIDTH, SIDE, SIDE)
 
 
 @gluon.jit
@@ -125,16 +101,6 @@ def in_disc(own_y, own_x, o_n, row, column, height, width, limit):
 
 
 @gluon.jit
-def is_whole(row, column, y, x, height, width, limit):
-    """Whether all pairs of two tiles see each other."""
-    other_y, other_x = row * SIDE, column * SIDE
-    far_y = gl.maximum(other_y + (SIDE - 1) - y, y + (SIDE - 1) - other_y)
-    far_x = gl.maximum(other_x + (SIDE - 1) - x, x + (SIDE - 1) - other_x)
-    inside = (other_y + SIDE <= height) & (other_x + SIDE <= width)
-    return (far_y * far_y + far_x * far_x < limit) & inside
-
-
-@gluon.jit
 def store_tile(desc, place, staging, values):
     """Starts to write 8 x 8 tokens through shared memory."""
     staging.store(values.to(desc.dtype))
@@ -181,6 +147,7 @@ def dense_descriptor(tensor: Tensor, count: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, shape, strides, [1, 1, TILE.value, channels], layout)
 
 
-def tiles_of(height: int, width: int) -> int:
-    """Tiles of 8 x 8 tokens of a grid."""
-    return triton.cdiv(height, SIDE.value) * triton.cdiv(width, SIDE.value)
+def tiles_of(height: int, width: int) -> tuple[int, int]:
+    """Tiles of 8 x 8 tokens of a grid, and items of two neighbours in a row."""
+    rows, columns = triton.cdiv(height, SIDE.value), triton.cdiv(width, SIDE.value)
+    return rows * columns, rows * triton.cdiv(columns, 2)

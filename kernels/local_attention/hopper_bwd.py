@@ -22,33 +22,33 @@ from .hopper_blocks import (
     TILE,
     advance,
     columns_of,
-    columns_of_item,
     copy,
     in_disc,
     init_barriers,
     load_tile,
     own_tile,
-    rows_of_item,
+    sequence_of,
     skip,
     store_tile,
     tokens_left,
 )
+from .triton_blocks import tile_rows
 
 
 @gluon.jit
-def _range_of(item, tiles, blocks, first, share, stop):
+def _range_of(number, blocks, first, share, stop):
     """Block of own tokens and part of a dense item, and the tiles that this part visits."""
-    within = item % tiles
-    part = within // blocks
+    part = number // blocks
     start = first + part * share
-    return within % blocks, part, start, gl.minimum(start + share, stop)
+    return number % blocks, part, start, gl.minimum(start + share, stop)
 
 
 @gluon.jit
 def _load(
     own_a_desc, own_b_desc, a_desc, b_desc, pa_desc, pb_desc, ea_desc, eb_desc, stats_desc,
     own_a_s, own_b_s, a_s, b_s, stats_s, own_full, own_empty, full, empty,
-    heads, height, width, num_prefix, num_extra, limit, items, tiles, blocks, first, share,
+    heads, height, width, num_prefix, num_extra, limit, items, tiles, together, blocks,
+    first, share,
     IMAGE: gl.constexpr, STATS: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: own tokens of all groups, then all tiles that any needs."""
@@ -58,14 +58,13 @@ def _load(
     own_bytes: gl.constexpr = own_a_desc.block_type.nbytes + own_b_desc.block_type.nbytes
     slot, phase, own_phase = 0, 0, 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, head = item // tiles // heads, item // tiles % heads
-        stats_row = (item // tiles) * (prefix_tiles + grid_tiles)
-        block, _, start, stop = _range_of(
-            item, tiles, blocks, first, share, prefix_tiles + grid_tiles
-        )
+        sequence, number = sequence_of(item, tiles, together)
+        batch, head = sequence // heads, sequence % heads
+        stats_row = sequence * (prefix_tiles + grid_tiles)
+        block, _, start, stop = _range_of(number, blocks, first, share, prefix_tiles + grid_tiles)
         for group in gl.static_range(GROUPS):
             if IMAGE:
-                y, x, _ = own_tile(item, group, tiles, height, width, GROUPS)
+                y, x, _ = own_tile(number, group, height, width)
                 place = [batch, head, y, x, 0]
             else:
                 place = [batch, head, (GROUPS * block + group) * TILE, 0]
@@ -88,9 +87,10 @@ def _load(
                     ea_desc, eb_desc, a_s, b_s, full, empty, [batch, head, token, 0], slot, phase
                 )
                 slot, phase = advance(slot, phase, STAGES)
-            first_row, last_row = rows_of_item(item, tiles, height, width, limit, GROUPS)
+            y, x, _ = own_tile(number, 0, height, width)
+            first_row, last_row = tile_rows(y, height, limit, SIDE, SIDE)
             for row in range(first_row, last_row + 1):
-                left, right = columns_of_item(row, item, tiles, height, width, limit, GROUPS)
+                left, right = columns_of(row, y, x, width, limit, 2 * SIDE)
                 for column in range(left, right + 1):
                     _load_with_stats(
                         a_desc, b_desc, stats_desc, a_s, b_s, stats_s, full, empty,
@@ -168,7 +168,8 @@ def _compute_dq(
     GROUP: gl.constexpr, IMAGE: gl.constexpr, D: gl.constexpr, GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
     dq_desc, p_part, p_stats, factor, scale, q_s, do_s, k_s, v_s, own_full, own_empty, full, empty,
-    heads, height, width, num_prefix, num_extra, limit, items, tiles, blocks, first, share, batches,
+    heads, height, width, num_prefix, num_extra, limit, items, tiles, together, blocks,
+    first, share, batches,
 ):  # fmt: skip
     """A computing group: gradients of its 64 queries of every item."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
@@ -183,18 +184,19 @@ def _compute_dq(
     q, do = q_s.index(GROUP), do_s.index(GROUP)
     slot, phase, own_phase = 0, 0, 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, head = item // tiles // heads, item // tiles % heads
+        sequence, number = sequence_of(item, tiles, together)
+        batch, head = sequence // heads, sequence % heads
         if IMAGE:
-            y, x, exists = own_tile(item, GROUP, tiles, height, width, GROUPS)
+            y, x, exists = own_tile(number, GROUP, height, width)
             own = prefix_tiles + y // SIDE * columns + x // SIDE
         else:
             block, part, start, stop = _range_of(
-                item, tiles, blocks, first, share, prefix_tiles + grid_tiles
+                number, blocks, first, share, prefix_tiles + grid_tiles
             )
             y, x = 0, 0
             own = gl.minimum(GROUPS * block + GROUP, prefix_tiles - 1)
         own_y, own_x = y + o_m // SIDE, x + o_m % SIDE
-        own += (item // tiles) * (prefix_tiles + grid_tiles)
+        own += sequence * (prefix_tiles + grid_tiles)
         p_own = p_stats + own.to(gl.int64) * (2 * TILE)
         lse, delta = gl.load(p_own + o_m), gl.load(p_own + TILE + o_m)
         dq = gl.zeros([TILE, D], gl.float32, D_LAYOUT)
@@ -208,14 +210,11 @@ def _compute_dq(
                     DTYPE, S_LAYOUT, D_LAYOUT,
                 )  # fmt: skip
                 slot, phase = advance(slot, phase, STAGES)
-            first_row, last_row = rows_of_item(item, tiles, height, width, limit, GROUPS)
+            _, x_item, _ = own_tile(number, 0, height, width)
+            first_row, last_row = tile_rows(y, height, limit, SIDE, SIDE)
             for row in range(first_row, last_row + 1):
-                any_left, any_right = columns_of_item(
-                    row, item, tiles, height, width, limit, GROUPS
-                )
-                left, right = columns_of(row, y, x, width, limit)
-                left = gl.minimum(left, any_right + 1)
-                right = gl.where(right < 0, any_right, right)
+                any_left, any_right = columns_of(row, y, x_item, width, limit, 2 * SIDE)
+                left, right = columns_of(row, y, x, width, limit, SIDE)
                 slot, phase = skip(full, empty, slot, phase, left - any_left, STAGES)
                 for column in range(left, right + 1):
                     keep = in_disc(own_y, own_x, o_n, row, column, height, width, limit)
@@ -231,10 +230,8 @@ def _compute_dq(
         else:
             for tile in range(start, stop):
                 at = tile - prefix_tiles
-                other_y, other_x = (
-                    at // columns * SIDE + o_n // SIDE,
-                    at % columns * SIDE + o_n % SIDE,
-                )
+                other_y = at // columns * SIDE + o_n // SIDE
+                other_x = at % columns * SIDE + o_n % SIDE
                 keep = (other_y < height) & (other_x < width)
                 keep = gl.where(at < 0, tile * TILE + o_n < num_prefix, keep)[None, :]
                 dq = _add_dq(
@@ -252,13 +249,14 @@ def _compute_dq(
 @gluon.jit(
     do_not_specialize=[
         "heads", "height", "width", "num_prefix", "num_extra", "limit", "items", "tiles",
-        "blocks", "first", "share", "batches", "factor", "scale",
+        "together", "blocks", "first", "share", "batches", "factor", "scale",
     ]
 )  # fmt: skip
 def _local_attention_bwd_dq_hopper_kernel(
     q_desc, do_desc, k_desc, v_desc, pk_desc, pv_desc, ek_desc, ev_desc, dq_desc, p_part, p_stats,
     factor, scale,
-    heads, height, width, num_prefix, num_extra, limit, items, tiles, blocks, first, share, batches,
+    heads, height, width, num_prefix, num_extra, limit, items, tiles, together, blocks,
+    first, share, batches,
     IMAGE: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dq of the image queries, or (IMAGE false) parts of dq of the prefix queries. Grid: one
@@ -274,7 +272,7 @@ def _local_attention_bwd_dq_hopper_kernel(
     shared = (
         dq_desc, p_part, p_stats, factor, scale, q_s, do_s, k_s, v_s,
         own_full, own_empty, full, empty, heads, height, width, num_prefix, num_extra, limit,
-        items, tiles, blocks, first, share, batches,
+        items, tiles, together, blocks, first, share, batches,
     )  # fmt: skip
     gl.warp_specialize(
         [
@@ -283,7 +281,7 @@ def _local_attention_bwd_dq_hopper_kernel(
             (_load, (
                 q_desc, do_desc, k_desc, v_desc, pk_desc, pv_desc, ek_desc, ev_desc, k_desc,
                 q_s, do_s, k_s, v_s, k_s, own_full, own_empty, full, empty,
-                heads, height, width, num_prefix, num_extra, limit, items, tiles, blocks,
+                heads, height, width, num_prefix, num_extra, limit, items, tiles, together, blocks,
                 first, share, IMAGE, False, 2, STAGES,
             )),
         ],
@@ -325,7 +323,8 @@ def _compute_dkv(
     GROUPS: gl.constexpr, STAGES: gl.constexpr,
     dk_desc, dv_desc, p_dk, p_dv, factor, scale, k_s, v_s, q_s, do_s, stats_s,
     own_full, own_empty, full, empty,
-    heads, height, width, num_prefix, num_own, limit, items, tiles, blocks, first, share, batches,
+    heads, height, width, num_prefix, num_own, limit, items, tiles, together, blocks,
+    first, share, batches,
 ):  # fmt: skip
     """A computing group: gradients of its 64 keys and values of every item."""
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
@@ -342,11 +341,12 @@ def _compute_dkv(
     k, v = k_s.index(GROUP), v_s.index(GROUP)
     slot, phase, own_phase = 0, 0, 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        batch, head = item // tiles // heads, item // tiles % heads
+        sequence, number = sequence_of(item, tiles, together)
+        batch, head = sequence // heads, sequence % heads
         dk = gl.zeros([TILE, D], gl.float32, D_LAYOUT)
         dv = gl.zeros([TILE, E], gl.float32, E_LAYOUT)
         block, part, start, stop = _range_of(
-            item, tiles, blocks, first, share, prefix_tiles + grid_tiles
+            number, blocks, first, share, prefix_tiles + grid_tiles
         )
         if IMAGE:
             start, stop = 0, prefix_tiles
@@ -359,16 +359,13 @@ def _compute_dkv(
             )  # fmt: skip
             slot, phase = advance(slot, phase, STAGES)
         if IMAGE:
-            y, x, exists = own_tile(item, GROUP, tiles, height, width, GROUPS)
+            y, x, exists = own_tile(number, GROUP, height, width)
             own_y, own_x = y + o_m // SIDE, x + o_m % SIDE
-            first_row, last_row = rows_of_item(item, tiles, height, width, limit, GROUPS)
+            _, x_item, _ = own_tile(number, 0, height, width)
+            first_row, last_row = tile_rows(y, height, limit, SIDE, SIDE)
             for row in range(first_row, last_row + 1):
-                any_left, any_right = columns_of_item(
-                    row, item, tiles, height, width, limit, GROUPS
-                )
-                left, right = columns_of(row, y, x, width, limit)
-                left = gl.minimum(left, any_right + 1)
-                right = gl.where(right < 0, any_right, right)
+                any_left, any_right = columns_of(row, y, x_item, width, limit, 2 * SIDE)
+                left, right = columns_of(row, y, x, width, limit, SIDE)
                 slot, phase = skip(full, empty, slot, phase, left - any_left, STAGES)
                 for column in range(left, right + 1):
                     keep = in_disc(own_y, own_x, o_n, row, column, height, width, limit)
@@ -394,13 +391,14 @@ def _compute_dkv(
 @gluon.jit(
     do_not_specialize=[
         "heads", "height", "width", "num_prefix", "num_own", "limit", "items", "tiles",
-        "blocks", "first", "share", "batches", "factor", "scale",
+        "together", "blocks", "first", "share", "batches", "factor", "scale",
     ]
 )  # fmt: skip
 def _local_attention_bwd_dkv_hopper_kernel(
     k_desc, v_desc, q_desc, do_desc, pq_desc, pdo_desc, stats_desc, dk_desc, dv_desc, p_dk, p_dv,
     factor, scale,
-    heads, height, width, num_prefix, num_own, limit, items, tiles, blocks, first, share, batches,
+    heads, height, width, num_prefix, num_own, limit, items, tiles, together, blocks,
+    first, share, batches,
     IMAGE: gl.constexpr, D: gl.constexpr, E: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of the image keys, or (IMAGE false) parts of them of `num_own` keys that all
@@ -418,7 +416,7 @@ def _local_attention_bwd_dkv_hopper_kernel(
     shared = (
         dk_desc, dv_desc, p_dk, p_dv, factor, scale, k_s, v_s, q_s, do_s, stats_s,
         own_full, own_empty, full, empty, heads, height, width, num_prefix, num_own, limit,
-        items, tiles, blocks, first, share, batches,
+        items, tiles, together, blocks, first, share, batches,
     )  # fmt: skip
     gl.warp_specialize(
         [
@@ -427,7 +425,7 @@ def _local_attention_bwd_dkv_hopper_kernel(
             (_load, (
                 k_desc, v_desc, q_desc, do_desc, pq_desc, pdo_desc, pq_desc, pdo_desc, stats_desc,
                 k_s, v_s, q_s, do_s, stats_s, own_full, own_empty, full, empty,
-                heads, height, width, num_prefix, 0, limit, items, tiles, blocks,
+                heads, height, width, num_prefix, 0, limit, items, tiles, together, blocks,
                 first, share, IMAGE, True, 2, STAGES,
             )),
         ],

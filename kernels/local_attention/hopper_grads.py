@@ -22,21 +22,21 @@ _GROUPS = 2
 
 @triton.jit(
     do_not_specialize=[
-        "heads", "height", "width", "num_prefix", "prefix_tiles", "o_sb", "do_sb",
+        "sequences", "heads", "height", "width", "num_prefix", "prefix_tiles",
         "l_sb", "l_sn", "l_sh", "dl_sb", "dl_sn", "dl_sh",
     ]
 )  # fmt: skip
 def _local_attention_bwd_stats_kernel(
-    p_o, p_do, p_lse, p_dlse, p_stats, heads, height, width, num_prefix, prefix_tiles,
+    p_o, p_do, p_lse, p_dlse, p_stats, sequences, heads, height, width, num_prefix, prefix_tiles,
     o_sb, o_sn, o_sh, do_sb, do_sn, do_sh, l_sb, l_sn, l_sh, dl_sb, dl_sn, dl_sh,
     SIDE: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """lse in base 2 and delta = rowsum(dO * O) - dlse in tiles, see `hopper_bwd.py`. Grid (tiles of
-    a head, B * H)."""
+    """lse in base 2 and delta = rowsum(dO * O) - dlse in tiles, see `hopper_bwd.py`. Grid (tiles *
+    B * H), all heads of a tile one after the other, since their channels lie side by side."""
     TOKENS: tl.constexpr = SIDE * SIDE
-    tile = tl.program_id(0)
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
+    tile, sequence = tl.program_id(0) // sequences, tl.program_id(0) % sequences
+    batch = (sequence // heads).to(tl.int64)
+    head = (sequence % heads).to(tl.int64)
     o_m = tl.arange(0, TOKENS)
     columns = tl.cdiv(width, SIDE)
     at = tl.maximum(tile - prefix_tiles, 0)
@@ -49,7 +49,8 @@ def _local_attention_bwd_stats_kernel(
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     lse = tl.load(p_lse + batch * l_sb + rows * l_sn + head * l_sh, mask=mask, other=float("inf"))
     d_lse = tl.load(p_dlse + batch * dl_sb + rows * dl_sn + head * dl_sh, mask=mask, other=0.0)
-    p_own = p_stats + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tile) * (2 * TOKENS)
+    tiles = tl.num_programs(0) // sequences
+    p_own = p_stats + (sequence.to(tl.int64) * tiles + tile) * (2 * TOKENS)
     tl.store(p_own + o_m, lse * 1.4426950408889634)
     tl.store(p_own + TOKENS + o_m, delta - d_lse)
 
@@ -67,7 +68,7 @@ class HopperBackward:
         query, _, value, _, _ = inputs
         self.batch, _, self.heads, self.head_dim = query.shape
         self.value_dim = value.shape[3]
-        self.grid_tiles = tiles_of(height, width)
+        self.grid_tiles, self.grid_items = tiles_of(height, width)
         self.prefix_tiles = triton.cdiv(num_prefix, TILE.value)
         self.constants = {
             "D": self.head_dim, "E": self.value_dim, "num_warps": 4,
@@ -87,16 +88,18 @@ class HopperBackward:
             self.tiles, list(self.tiles.shape), [width, 1], [1, width],
             gl.NVMMASharedLayout(0, 32, 2),
         )  # fmt: skip
-        _local_attention_bwd_stats_kernel[(count, sequences)](
-            out, self.d_out, lse, d_lse, self.tiles, self.heads, *self.grid, self.num_prefix,
-            self.prefix_tiles, *out.stride()[:3], *self.d_out.stride()[:3], *lse.stride(),
-            *d_lse.stride(), SIDE=8, E=self.value_dim, num_warps=4,
+        _local_attention_bwd_stats_kernel[(count * sequences,)](
+            out, self.d_out, lse, d_lse, self.tiles, sequences, self.heads, *self.grid,
+            self.num_prefix, self.prefix_tiles, *out.stride()[:3], *self.d_out.stride()[:3],
+            *lse.stride(), *d_lse.stride(), SIDE=8, E=self.value_dim, num_warps=4,
         )  # fmt: skip
 
     def _grid_items(self) -> tuple[int, ...]:
-        """items, tiles, blocks, first, share, batches of a launch that owns the grid."""
-        tiles = triton.cdiv(self.grid_tiles, _GROUPS)
-        return self.batch * self.heads * tiles, tiles, 1, 0, 0, self.batch
+        """items, tiles, together, blocks, first, share, batches of a launch that owns the grid."""
+        items = self.batch * self.heads * self.grid_items
+        token_bytes = 2 * (self.head_dim + self.value_dim)
+        together = configs.heads_together(self.heads, self.grid[1], self.limit, token_bytes)
+        return items, self.grid_items, together, 1, 0, 0, self.batch
 
     def _dense_items(self, num_own: int, first: int) -> tuple[int, tuple[int, ...]]:
         """Parts, and the same numbers of a launch that owns `num_own` leading tokens."""
@@ -106,7 +109,7 @@ class HopperBackward:
         parts = configs.even_parts(count, visited, self.programs)
         share = triton.cdiv(visited, parts)
         parts = triton.cdiv(visited, share)
-        return parts, (count * parts, blocks * parts, blocks, first, share, self.batch)
+        return parts, (count * parts, blocks * parts, 1, blocks, first, share, self.batch)
 
     def queries(self, grad: Tensor, *, image: bool) -> None:
         """Fills the rows of `grad` that belong to image or prefix."""

@@ -144,8 +144,7 @@ def _local_attention_fwd_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "parts", "batch", "rows", "heads", "o_sb", "o_sn", "o_sh", "l_sb", "l_sn", "l_sh",
-        "rows_out",
+        "parts", "batch", "rows", "heads", "l_sb", "l_sn", "l_sh", "rows_out",
     ]
 )  # fmt: skip
 def _merge_kernel(
