@@ -31,8 +31,8 @@ class Environment:
         return [
             f"{self.gpu}, {self.dtype}, torch {self.torch}, triton {self.triton},"
             f" commit {self.commit}, {self.date}",
-            f"copy bandwidth {self.bandwidth / 1e12:.2f} TB/s; floor = bytes that must move, at it, of"
-            " attention also the pairs that see each other, at the peak of the tensor cores;"
+            f"copy bandwidth {self.bandwidth / 1e12:.2f} TB/s; floor = bytes that must move, at it;"
+            " for attention at least its visible pairs at the peak of the tensor cores;"
             " times in ms; peer (x) = its p50 over ours; MiB beyond the inputs",
             f"`{self.command}`",
         ]
