@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common.operators import first_derivative, register
+from .._common.operators import first_derivative, needs_gradient, register
 from .._common.precision import accumulation_dtype, no_autocast
 from .reference import backward, forward, parts
 from .tiles import Geometry
@@ -120,4 +120,7 @@ def local_attention_op(
     if extra_key is None or extra_value is None:
         extra_key, extra_value = key[:, :0].detach(), value[:, :0].detach()
     tensors = (query, key, value, extra_key, extra_value)
-    return _LocalAttention.apply(*tensors, *grid, num_prefix, float(radius), float(scale), kernel)
+    numbers = (*grid, num_prefix, float(radius), float(scale))
+    if kernel and not needs_gradient(*tensors):
+        return torch.ops.lintra.local_attention_fwd(*tensors, *numbers)
+    return _LocalAttention.apply(*tensors, *numbers, kernel)

@@ -12,6 +12,7 @@ from golden_cases import case_names, load_case, noise_tensor, tokens_first
 from kernel_checks import DEVICE, on_gpu_or_interpreted, poisoned
 from lintra.kernels import local_attention
 from lintra.kernels._common.pinning import pinned
+from lintra.kernels.local_attention import configs
 from lintra.kernels.local_attention.configs import Launch
 
 pytestmark = on_gpu_or_interpreted
@@ -238,6 +239,24 @@ def test_unsupported_dtype():
     x = torch.zeros(1, 4, 1, 8, device=DEVICE, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match="float16, bfloat16 and float32, got torch.float"):
         local_attention(x, x, x, grid=(2, 2), radius=2, impl="triton")
+
+
+def test_partial_results_do_not_grow_with_the_keys():
+    tensor = torch.empty(1, 1, 1, 1, device=DEVICE)
+    for programs in (1, 24, 96, 1000):
+        most = configs.parts_of(2**12, 64, programs, tensor)[0]
+        assert configs.parts_of(2**20, 64, programs, tensor)[0] <= max(most, 560 // programs)
+        parts, share = configs.parts_of(1000, 64, programs, tensor)
+        assert (parts - 1) * share < 1000 <= parts * share
+        assert configs.even_parts(programs, 2**20, 132) <= 6
+
+
+def test_heads_take_turns_as_far_as_the_cache_holds_their_rows():
+    # The best of those measured on an H100, see docs/performance.md.
+    best = {(64, 8): 8, (64, 32): 8, (128, 8): 8, (128, 32): 4, (256, 16): 4, (256, 32): 2}
+    for (side, radius), count in best.items():
+        assert configs.heads_together(24, side, radius**2, 512) == count
+    assert configs.heads_together(3, 64, 64, 512) == 1
 
 
 @pytest.mark.parametrize("name", case_names("B_local"))
