@@ -5,12 +5,22 @@ from numbers import Integral, Real
 from torch import Tensor
 
 from .._common.checks import IMPLEMENTATIONS, check_choice, check_grid, check_shape, check_tensor
+from .._common.launch import takes_kernel, why_no_kernel
+from .configs import MAX_HEAD_DIM, MAX_SIDE
 from .ops import local_attention_op
 
 
-def why_not_triton(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+def why_not_triton(query: Tensor, value: Tensor, grid: tuple[int, int]) -> str | None:
     """The reason why `impl="triton"` cannot run on these tensors, None if it can."""
-    return "its Triton kernel is not built yet"
+    reason = why_no_kernel(query)
+    if reason is not None:
+        return reason
+    head_dim, value_dim = query.shape[3], value.shape[3]
+    if max(head_dim, value_dim) > MAX_HEAD_DIM or min(head_dim, value_dim) < 1:
+        return f"its kernels take 1 to {MAX_HEAD_DIM} channels, got {head_dim} and {value_dim}"
+    if max(grid) > MAX_SIDE:
+        return f"its kernels take grid sides up to {MAX_SIDE}, got {grid[0]} x {grid[1]}"
+    return None
 
 
 def _check_number(name: str, value: object, kind: type, what: str) -> None:
@@ -62,7 +72,9 @@ def local_attention(
         extra_key: ``(B, M, H, D)``, keys without a place on the grid, seen by all image queries.
         extra_value: ``(B, M, H, E)``, given with `extra_key`.
         return_lse: return ``(o, lse)``; both differentiate, once.
-        impl: ``auto``, ``reference`` (PyTorch, any device) or ``triton``.
+        impl: ``auto``, ``reference`` (PyTorch, any device) or ``triton``. ``auto`` takes the
+            Triton kernels on CUDA for float16, bfloat16 and float32, up to 128 channels and grid
+            sides up to 16384.
 
     Returns:
         ``(B, N, H, E)`` in ``query.dtype``. With `return_lse` also ``(B, N, H)``, natural
@@ -107,7 +119,7 @@ def local_attention(
         extra_shape = (batch, num_extra, heads, value_dim)
         check_shape("extra_value", extra_value, extra_shape, "(B, M, H, E)")
 
-    reason = why_not_triton(query, key, value)
+    reason = why_not_triton(query, value, (height, width))
     if impl == "triton" and reason is not None:
         raise NotImplementedError(f"`impl` must not be 'triton' for local_attention: {reason}")
     out, lse = local_attention_op(
@@ -120,5 +132,6 @@ def local_attention(
         scale=scale,
         extra_key=extra_key,
         extra_value=extra_value,
+        kernel=takes_kernel(impl, query, reason),
     )
     return (out, lse) if return_lse else out

@@ -1,11 +1,14 @@
-"""Local attention as PyTorch operators with their gradient: what compilers and autograd see."""
+"""Local attention as PyTorch operators with their gradient: what compilers and autograd see.
+
+Two pairs of one schema: tiles in plain PyTorch on every device, and the Triton kernels.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._common.operators import first_derivative
+from .._common.operators import first_derivative, needs_gradient, register
 from .._common.precision import accumulation_dtype, no_autocast
 from .reference import backward, forward, parts
 from .tiles import Geometry
@@ -14,22 +17,27 @@ from .tiles import Geometry
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor extra_key, Tensor extra_value"
 _NUMBERS = "SymInt height, SymInt width, SymInt num_prefix, float radius, float scale"
 _RESULTS = "Tensor out, Tensor lse, Tensor grad_out, Tensor grad_lse"
+_FWD_SCHEMA = f"({_TENSORS}, {_NUMBERS}) -> (Tensor, Tensor)"
+_BWD_SCHEMA = f"({_TENSORS}, {_RESULTS}, {_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 _FWD, _BWD = "lintra::local_attention_reference_fwd", "lintra::local_attention_reference_bwd"
-torch.library.define(_FWD, f"({_TENSORS}, {_NUMBERS}) -> (Tensor, Tensor)")
-torch.library.define(
-    _BWD, f"({_TENSORS}, {_RESULTS}, {_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+torch.library.define(_FWD, _FWD_SCHEMA)
+torch.library.define(_BWD, _BWD_SCHEMA)
 
 
-@torch.library.register_fake(_FWD)
 def _empty_results(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     out = value.new_empty(*query.shape[:3], value.shape[3])
     return out, query.new_empty(query.shape[:3], dtype=accumulation_dtype(query.dtype))
 
 
-@torch.library.register_fake(_BWD)
 def _empty_grads(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in arguments[:5])
+
+
+torch.library.register_fake(_FWD, _empty_results)
+torch.library.register_fake(_BWD, _empty_grads)
+_LAUNCHER = f"{__package__}.triton"
+register("local_attention_fwd", _FWD_SCHEMA, f"{_LAUNCHER}_fwd:local_attention_fwd", _empty_results)
+register("local_attention_bwd", _BWD_SCHEMA, f"{_LAUNCHER}_bwd:local_attention_bwd", _empty_grads)
 
 
 @torch.library.impl(_FWD, "CompositeExplicitAutograd")
@@ -73,22 +81,25 @@ class _LocalAttention(torch.autograd.Function):
         num_prefix: int,
         radius: float,
         scale: float,
+        kernel: bool,
     ) -> tuple[Tensor, Tensor]:
         tensors = (query, key, value, extra_key, extra_value)
-        fwd = torch.ops.lintra.local_attention_reference_fwd
+        ops = torch.ops.lintra
+        fwd = ops.local_attention_fwd if kernel else ops.local_attention_reference_fwd
         return fwd(*tensors, height, width, num_prefix, radius, scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs[:5], *output)
-        ctx.numbers = inputs[5:]
+        ctx.numbers, ctx.kernel = inputs[5:-1], inputs[-1]
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple:
-        bwd = torch.ops.lintra.local_attention_reference_bwd
+        ops = torch.ops.lintra
+        bwd = ops.local_attention_bwd if ctx.kernel else ops.local_attention_reference_bwd
         arguments = (*ctx.saved_tensors, grad_out, grad_lse, *ctx.numbers)
         grads = first_derivative("local_attention", bwd, *arguments)
-        return *grads, *(None for _ in ctx.numbers)
+        return *grads, *(None for _ in ctx.numbers), None
 
 
 def local_attention_op(
@@ -102,9 +113,14 @@ def local_attention_op(
     scale: float,
     extra_key: Tensor | None,
     extra_value: Tensor | None,
+    kernel: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The operation of `api.local_attention`: the output and the log-sum-exp."""
+    """The operation of `api.local_attention`: the output and the log-sum-exp, by the Triton
+    `kernel` or by tiles in PyTorch."""
     if extra_key is None or extra_value is None:
         extra_key, extra_value = key[:, :0].detach(), value[:, :0].detach()
     tensors = (query, key, value, extra_key, extra_value)
-    return _LocalAttention.apply(*tensors, *grid, num_prefix, float(radius), float(scale))
+    numbers = (*grid, num_prefix, float(radius), float(scale))
+    if kernel and not needs_gradient(*tensors):
+        return torch.ops.lintra.local_attention_fwd(*tensors, *numbers)
+    return _LocalAttention.apply(*tensors, *numbers, kernel)

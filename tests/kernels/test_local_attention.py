@@ -360,7 +360,11 @@ def changed(**changes) -> dict:
     ("changes", "error", "message"),
     [
         ({"impl": "cuda"}, ValueError, "`impl` must be one of auto, reference, triton, got 'cuda'"),
-        ({"impl": "triton"}, NotImplementedError, "`impl` must not be 'triton' .*not built yet"),
+        (
+            {"impl": "triton"},
+            NotImplementedError,
+            "`impl` must not be 'triton' .*got torch.float64",
+        ),
         ({"query": torch.zeros(2, 38, 8)}, ValueError, r"`query` must have shape \(B, N, H, D\)"),
         ({"query": [1.0]}, TypeError, "`query` must be a tensor, got list"),
         ({"key": torch.zeros(2, 38, 2, 4)}, TypeError, "`key` must have dtype torch.float64"),

@@ -14,6 +14,10 @@ DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 # The backward reads what the forward read and wrote, and writes as much: twice the bytes.
 # A training step ("step") of a model has no floor.
 FLOOR_FACTOR = {"fwd": 1.0, "bwd": 2.0, "fwd+bwd": 3.0, "step": 0.0}
+# Softmax attention: two products forward, five backward, which computes the weights again.
+ATTENTION_FACTOR = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5, "step": 0.0}
+# Dense products of float16 and bfloat16 a second, by a word of the name of the GPU.
+PEAK_FLOPS = {"H100": 989.5e12, "H200": 989.5e12, "A100": 312e12}
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Case:
         cut: makes the inputs smaller for the check, where the oracle could not run them whole.
         floor_bytes: what the forward must move, for an element size in bytes; None: not known.
         flops: of the forward, 0 where they say nothing.
+        is_attention: the flops of `ATTENTION_FACTOR`, at the peak of the GPU, are a floor too.
         targets: by (direction, peer or "floor"): highest multiple of the floor, or lowest speed-up
             over the peer.
         directions: those to measure.
@@ -62,6 +67,7 @@ class Case:
     cut: Callable[[list[Tensor]], list[Tensor]] = lambda inputs: inputs
     floor_bytes: Callable[[int], int] | None = None
     flops: float = 0.0
+    is_attention: bool = False
     targets: Mapping[tuple[str, str], float] = field(default_factory=dict)
     directions: tuple[str, ...] = DIRECTIONS
 

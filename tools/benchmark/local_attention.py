@@ -142,6 +142,7 @@ def build(
         reference=partial(_attend, "reference", side, radius, prefix),
         floor_bytes=lambda size: (4 * tokens + 2 * extra) * heads * dim * size,
         flops=4.0 * pairs * heads * dim,
+        is_attention=True,
         peers=peers,
         targets=targets,
         cut=cut,
@@ -158,4 +159,5 @@ def cases(tiny: bool) -> list[Case]:
         for side, (forwards, backward) in SPEEDUPS.items()
         for radius, forward in zip(RADII, forwards, strict=True)
     ]
-    return [*rows, build((128, 16, HEADS, DIM, PREFIX, 1), "grid 128")]
+    pooled = [build((side, 16, HEADS, DIM, PREFIX, 1), f"grid {side}") for side in (128, 256)]
+    return [*rows, *pooled]

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .case import FLOOR_FACTOR, OURS, Case
+from .case import ATTENTION_FACTOR, FLOOR_FACTOR, OURS, Case
 from .runner import Row
 
 CSV_COLUMNS = (
@@ -32,6 +32,7 @@ class Environment:
             f"{self.gpu}, {self.dtype}, torch {self.torch}, triton {self.triton},"
             f" commit {self.commit}, {self.date}",
             f"copy bandwidth {self.bandwidth / 1e12:.2f} TB/s; floor = bytes that must move, at it;"
+            " for attention at least its visible pairs at the peak of the tensor cores;"
             " times in ms; peer (x) = its p50 over ours; MiB beyond the inputs",
             f"`{self.command}`",
         ]
@@ -117,7 +118,8 @@ def _cells(line: Line, peers: Sequence[str]) -> list[str]:
     if times is None:
         cells += [_cut(line.ours.error), *[""] * 6]
     else:
-        flops = case.flops * FLOOR_FACTOR[line.ours.direction]
+        factor = ATTENTION_FACTOR if case.is_attention else FLOOR_FACTOR
+        flops = case.flops * factor[line.ours.direction]
         cells += [_ms(times.p20), _ms(times.p50), _ms(times.p80)]
         cells += [_ms(floor), f"{100 * floor / times.p50:.0f}"] if floor else ["-", "-"]
         cells += [f"{flops / times.p50 / 1e9:.1f}" if flops else "-", f"{times.peak_mib:.0f}"]

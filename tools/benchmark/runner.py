@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .accuracy import check
-from .case import FLOOR_FACTOR, OURS, Case, Peer
+from .case import ATTENTION_FACTOR, FLOOR_FACTOR, OURS, PEAK_FLOPS, Case, Peer
 from .timing import Limits, Times, copy_bandwidth, measure, num_sets, synchronize
 
 
@@ -121,10 +121,22 @@ def _checked(case: Case, settings: Settings) -> str | None:
         release(settings.device)
 
 
-def _floor_ms(case: Case, direction: str, dtype: torch.dtype, bandwidth: float) -> float:
+def _peak_flops(settings: Settings) -> float:
+    """Of half-precision products on the tensor cores; infinite where it is not known."""
+    if settings.device.type != "cuda" or settings.dtype.itemsize != 2:
+        return float("inf")
+    name = torch.cuda.get_device_name(settings.device)
+    return next((peak for word, peak in PEAK_FLOPS.items() if word in name), float("inf"))
+
+
+def _floor_ms(case: Case, direction: str, settings: Settings, bandwidth: float) -> float:
     if case.floor_bytes is None:
         return 0.0
-    return FLOOR_FACTOR[direction] * case.floor_bytes(dtype.itemsize) / bandwidth * 1e3
+    floor = FLOOR_FACTOR[direction] * case.floor_bytes(settings.dtype.itemsize) / bandwidth * 1e3
+    if case.is_attention:
+        flops = ATTENTION_FACTOR[direction] * case.flops
+        floor = max(floor, flops / _peak_flops(settings) * 1e3)
+    return floor
 
 
 def _directions(case: Case, settings: Settings) -> list[str]:
@@ -137,7 +149,7 @@ def _failed(
 ) -> Iterator[Row]:
     for name in names:
         for direction in _directions(case, settings):
-            floor = _floor_ms(case, direction, settings.dtype, bandwidth)
+            floor = _floor_ms(case, direction, settings, bandwidth)
             yield Row(case, name, direction, None, floor, error)
 
 
@@ -158,7 +170,7 @@ def _timed(
         yield from _failed(case, {name: peer}, settings, bandwidth, short(error))
         return
     for direction in _directions(case, settings):
-        floor = _floor_ms(case, direction, settings.dtype, bandwidth)
+        floor = _floor_ms(case, direction, settings, bandwidth)
         try:
             sets = _sets(case, settings)
             times = measure(run, direction, sets, settings.device, settings.limits)
