@@ -10,7 +10,8 @@ from .assemble import Models
 from .batches import flip_half
 from .config import Recipe
 from .images import ImageSource
-from .latent_cache import INDEX_NAME, LatentCache, build_latent_cache, weights_fingerprint
+from .latent_cache import LatentCache, build_latent_cache, scaled_posterior, weights_fingerprint
+from .shards import INDEX_NAME
 
 
 def check_images_fit(images: ImageSource, models: Models) -> None:
@@ -104,7 +105,4 @@ class TrainingData:
         pixels = images.to(self.device, non_blocking=True).float() / 127.5 - 1
         if self.random_flip:
             pixels = flip_half(pixels, generator)
-        posterior = self.vae.encode(pixels).latent_dist
-        shift = self.vae.config.get("shift_factor") or 0.0
-        scale = self.vae.config.scaling_factor
-        return (posterior.mean - shift) * scale, posterior.std * scale
+        return scaled_posterior(self.vae, pixels)
