@@ -23,6 +23,9 @@ from transformers import (
     T5Tokenizer,
 )
 
+from lintra.diffusion.training.captions import read_captions
+from lintra.diffusion.training.prompt_cache_build import build_prompt_cache
+from lintra.diffusion.training.text_pipelines import open_encoders
 from tiny_clear import FLUX, SD3, tiny_stock
 from tiny_pixart import tiny_pixart
 
@@ -125,4 +128,13 @@ def captioned_folder(
         pixels = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator)
         Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(caption + "\n")
+    return folder
+
+
+def make_tiny_cache(folder: Path, pipeline_folder: Path, **changes: Any) -> Path:
+    """A cache of the captioned images for a tiny pipeline, in two buckets of 7 images in all."""
+    images = read_captions(captioned_folder(folder.with_name(f"{folder.name}_images")))
+    pipeline = open_encoders(pipeline_folder, dtype=torch.float32)
+    options: dict[str, Any] = {"buckets": [(8, 16), (16, 16)], "max_sequence_length": 8, **changes}
+    build_prompt_cache(pipeline, folder, images, pipeline_folder=pipeline_folder, **options)
     return folder

@@ -105,6 +105,15 @@ class PromptCache(Dataset):
         metadata = self._shards.handle(shard).metadata()
         return json.loads(metadata["names"])[row], json.loads(metadata["captions"])[row]
 
+    def check_vae(self, fingerprint: str) -> None:
+        """Raises ValueError unless the latents are those of this VAE."""
+        index = self.index
+        if fingerprint != index["vae_fingerprint"]:
+            raise ValueError(
+                f"prompt cache {self.folder} must be made with the VAE {fingerprint},"
+                f" got one made with {index['vae_fingerprint']} ({index['vae_id']})"
+            )
+
     def _check_origin(
         self,
         family: str | None,
@@ -116,11 +125,8 @@ class PromptCache(Dataset):
             raise ValueError(
                 f"prompt cache {self.folder} must be made for {family}, got {index['family']}"
             )
-        if vae_fingerprint not in (None, index["vae_fingerprint"]):
-            raise ValueError(
-                f"prompt cache {self.folder} must be made with the VAE {vae_fingerprint},"
-                f" got one made with {index['vae_fingerprint']} ({index['vae_id']})"
-            )
+        if vae_fingerprint is not None:
+            self.check_vae(vae_fingerprint)
         if text_encoders is not None and dict(text_encoders) != index["text_encoders"]:
             raise ValueError(
                 f"prompt cache {self.folder} must be made with the text encoders"

@@ -119,7 +119,7 @@ def open_encoders(
         FileNotFoundError: as of `load_pipeline`.
     """
     absent = {} if with_transformer else {"transformer": None}
-    pipeline = load_pipeline(folder, torch_dtype=dtype, **absent)
+    pipeline = load_pipeline(folder, dtype=dtype, **absent)
     kind = TEXT_PIPELINES[text_family(pipeline)]
     # SD3 runs without T5, as upstream documents; nothing else may be absent.
     optional = {"text_encoder_3", "tokenizer_3"}
@@ -233,6 +233,14 @@ def draw_latents(
     if family == "flux":
         latents = FluxPipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
     return latents.float().cpu()
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """uint8 images ``(B, 3, H, W)`` on the CPU of latents as a model sees them."""
+    scaled = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+    pixels = vae.decode(scaled + (getattr(vae.config, "shift_factor", None) or 0.0)).sample
+    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
 
 
 def _to(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

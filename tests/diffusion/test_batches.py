@@ -7,7 +7,8 @@ import torch
 from lintra.diffusion.training.assemble import build_process
 from lintra.diffusion.training.batches import StepSampler, flip_half, step_generator
 from lintra.diffusion.training.config import NoiseConfig
-from lintra.diffusion.training.objective import DDPMObjective, disable_internal_label_dropout
+from lintra.diffusion.training.families import ClassFamily
+from lintra.diffusion.training.objective import Objective, disable_internal_label_dropout
 from tiny_models import inputs, tiny_dit
 
 
@@ -62,12 +63,13 @@ class Spy(torch.nn.Module):
 
 def test_student_and_teacher_see_the_same_input_and_condition():
     weights = {"noise": 1.0, "noise_distillation": 0.5}
-    options = {"class_dropout_prob": 0.5, "null_label": 10}
-    objective = DDPMObjective(build_process(NoiseConfig()), weights, **options)
+    options = {"dropout_prob": 0.5, "unconditional": {"class_labels": torch.tensor(10)}}
+    objective = Objective(ClassFamily({}), build_process(NoiseConfig()), weights, **options)
     student, teacher = Spy(), Spy()
     labels = torch.arange(200) % 10
+    condition = {"class_labels": labels}
     clean = torch.randn(200, 1, 2, 2)
-    objective(student, teacher, clean, labels, step_generator(0, 0, 0))
+    objective(student, teacher, clean, condition, step_generator(0, 0, 0))
     for a, b in zip(student.seen, teacher.seen, strict=True):
         assert torch.equal(a, b)
     dropped = student.seen[2] == 10
@@ -75,7 +77,7 @@ def test_student_and_teacher_see_the_same_input_and_condition():
     assert torch.equal(student.seen[2][~dropped], labels[~dropped])
     first = student.seen
     objective.weights = {"noise": 1.0}
-    objective(student, None, clean, labels, step_generator(0, 0, 0))
+    objective(student, None, clean, condition, step_generator(0, 0, 0))
     assert all(torch.equal(a, b) for a, b in zip(first, student.seen, strict=True))
 
 
