@@ -16,7 +16,7 @@ class AttentionOutputs:
 
     The hooks stay on the model; they do nothing outside of `recording`. Gradient checkpointing
     computes blocks again during the backward pass: such a run is not recorded, and replacements
-    stay until the next recording, so that it repeats the first.
+    stay until `release`, so that it repeats the first.
 
     Args:
         model: the transformer, before it is wrapped for several processes.
@@ -43,13 +43,18 @@ class AttentionOutputs:
         Args:
             replacements: recorded outputs of another model that the layers give instead.
         """
-        self._outputs = {}
+        self.release()
         self._replacements = None if replacements is None else replacements._outputs
         self._is_recording = True
         try:
             yield
         finally:
             self._is_recording = False
+
+    def release(self) -> None:
+        """Forgets outputs and replacements, after the backward pass."""
+        self._outputs = {}
+        self._replacements = None
 
     def taken(self) -> list[Tensor]:
         """The outputs of the last recording, ``(B, N, C)`` each, in the order of the names.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -64,7 +64,10 @@ class Trainer:
         config = recipe.training
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            # A plugin, because a launcher for DeepSpeed would overrule a number.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                config.gradient_accumulation_steps
+            ),
             log_with=recipe.logging.report_to,
             project_dir=str(self.output_dir),
         )
@@ -76,9 +79,10 @@ class Trainer:
         if kind == DistributedType.FSDP and recipe.model.trainable == "lora":
             raise ValueError("`model.trainable` must not be lora under FSDP, got 'lora'")
         if kind == DistributedType.DEEPSPEED:
-            # It wants to know, and no loader of accelerate tells it.
-            plugin = self.accelerator.state.deepspeed_plugin
-            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = config.train_batch_size
+            # It clips by itself, and no loader of accelerate tells it the size of batches.
+            settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            settings["train_micro_batch_size_per_gpu"] = config.train_batch_size
+            settings["gradient_clipping"] = config.max_grad_norm
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         self.task = make_task(recipe, self.accelerator)
         self.models = self.task.models
@@ -193,6 +197,7 @@ class Trainer:
                     self.model, self.models.teacher, clean, condition, generator
                 )
             self.accelerator.backward(loss)
+            self.task.objective.release()
             window.add({"loss": loss.detach(), **{f"loss_{k}": v for k, v in terms.items()}})
             if self.accelerator.sync_gradients:
                 limit = self.recipe.training.max_grad_norm or math.inf

@@ -63,6 +63,11 @@ class Objective:
             kept[name] = torch.where(rows, nothing.to(value.device, value.dtype), value)
         return kept
 
+    def release(self) -> None:
+        """Lets go of what a call has left for the backward pass, which must be over."""
+        for outputs in self.attention or ():
+            outputs.release()
+
     def __call__(
         self,
         student: nn.Module,
