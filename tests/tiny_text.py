@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from lintra.diffusion.training.captions import read_captions
-from lintra.diffusion.training.prompt_cache_build import build_prompt_cache
+from lintra.diffusion.training.prompt_cache_build import build_prompt_cache, pipeline_encoders
 from lintra.diffusion.training.text_pipelines import open_encoders
 from tiny_clear import FLUX, SD3, tiny_stock
 from tiny_pixart import tiny_pixart
@@ -135,6 +135,16 @@ def make_tiny_cache(folder: Path, pipeline_folder: Path, **changes: Any) -> Path
     """A cache of the captioned images for a tiny pipeline, in two buckets of 7 images in all."""
     images = read_captions(captioned_folder(folder.with_name(f"{folder.name}_images")))
     pipeline = open_encoders(pipeline_folder, dtype=torch.float32)
-    options: dict[str, Any] = {"buckets": [(8, 16), (16, 16)], "max_sequence_length": 8, **changes}
-    build_prompt_cache(pipeline, folder, images, pipeline_folder=pipeline_folder, **options)
+    options: dict[str, Any] = {"buckets": [(8, 16), (16, 16)], **changes}
+    build_prompt_cache(pipeline_encoders(pipeline, pipeline_folder, 8), folder, images, **options)
     return folder
+
+
+def make_places(folder: Path, *families: str) -> dict[str, tuple[Path, Path]]:
+    """Pipeline folder and cache of each family."""
+    places = {}
+    for family in families:
+        pipeline = folder / family / "pipeline"
+        tiny_text_pipeline(family).save_pretrained(pipeline)
+        places[family] = pipeline, make_tiny_cache(folder / family / "cache", pipeline)
+    return places

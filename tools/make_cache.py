@@ -9,13 +9,12 @@ from jsonargparse import ArgumentParser
 from lintra.diffusion.training.buckets import parse_buckets
 from lintra.diffusion.training.captions import read_captions, read_prompts
 from lintra.diffusion.training.prompt_cache import PromptCache, describe
-from lintra.diffusion.training.prompt_cache_build import build_prompt_cache, build_teacher_cache
-from lintra.diffusion.training.text_pipelines import (
-    TEXT_PIPELINES,
-    open_encoders,
-    size_multiple,
-    text_family,
+from lintra.diffusion.training.prompt_cache_build import (
+    build_prompt_cache,
+    build_teacher_cache,
+    pipeline_encoders,
 )
+from lintra.diffusion.training.text_pipelines import open_encoders
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -54,23 +53,22 @@ def _build(options) -> PromptCache:
         options.pipeline, dtype=_DTYPES[options.dtype], with_transformer=captions is None
     )
     pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    length = TEXT_PIPELINES[text_family(pipeline)].max_sequence_length
+    encoders = pipeline_encoders(pipeline, options.pipeline, options.max_sequence_length)
     common = {
-        "pipeline_folder": options.pipeline,
         "buckets": parse_buckets(
-            options.aspect_ratio_buckets, options.resolution, size_multiple(pipeline)
+            options.aspect_ratio_buckets, options.resolution, encoders.multiple
         ),
-        "max_sequence_length": options.max_sequence_length or length,
         "batch_size": options.batch_size,
         "items_per_shard": options.items_per_shard,
     }
     if prompts is None:
         assert captions is not None
         return build_prompt_cache(
-            pipeline, options.output, captions, random_flip=options.random_flip, **common
+            encoders, options.output, captions, random_flip=options.random_flip, **common
         )
     return build_teacher_cache(
         pipeline,
+        encoders,
         options.output,
         prompts,
         num_inference_steps=options.num_inference_steps,

@@ -21,6 +21,7 @@ from ..flow import FlowProcess
 from ..inheritance import student_config
 from ..io import load_pipeline
 from ..losses import check_loss_weights, needs_teacher
+from ..models.autoencoder_pixel import PixelAutoencoder
 from ..models.transformer_clear_flux import ClearFluxTransformer2DModel
 from ..models.transformer_clear_sd3 import ClearSD3Transformer2DModel
 from ..models.transformer_lit_pixart import LiTPixArtTransformer2DModel
@@ -145,14 +146,16 @@ def build_text_models(
 
 
 def _build_vae(recipe: Recipe, pipeline: DiffusionPipeline | None) -> ModelMixin:
-    """In float32, as the cache's was."""
+    """In float32, as the cache's was; a model without teacher and VAE learns pixels."""
     if recipe.model.vae is not None:
         return AutoencoderKL.from_pretrained(recipe.model.vae)
-    if pipeline is None or pipeline.vae is None:
-        raise ValueError("`model.vae` must be given without a teacher that has one, got None")
-    return type(pipeline.vae).from_pretrained(
-        Path(str(recipe.model.pretrained_teacher_model)) / "vae"
-    )
+    if pipeline is None:
+        channels = recipe.model.config.get("in_channels", 4)
+        return PixelAutoencoder(channels // 4 if recipe.model.family == "flux" else channels)
+    if pipeline.vae is None:
+        raise ValueError("`model.vae` must be given for a teacher without an autoencoder, got None")
+    folder = Path(str(recipe.model.pretrained_teacher_model)) / "vae"
+    return type(pipeline.vae).from_pretrained(folder)
 
 
 def _new_pipeline(recipe: Recipe, vae: ModelMixin) -> DiffusionPipeline:

@@ -133,6 +133,12 @@ class PromptCache(Dataset):
                 f" {dict(text_encoders)}, got one made with {index['text_encoders']}"
             )
 
+    @staticmethod
+    def shapes(file: Path) -> dict[str, list[int]]:
+        """Names and shapes of the tensors of one shard."""
+        handle = open_shard(file, WHAT)
+        return {name: handle.get_slice(name).get_shape() for name in handle.keys()}  # noqa: SIM118
+
     def _check_shard(self, number: int) -> None:
         shard = self.index["shards"][number]
         count, reduction = shard["count"], self.index["vae_reduction"]

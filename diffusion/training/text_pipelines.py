@@ -247,11 +247,6 @@ def _to(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return value.to(device, dtype if value.is_floating_point() else None)
 
 
-def size_multiple(pipeline: DiffusionPipeline) -> int:
-    """What heights and widths in pixels must be multiples of: VAE times patches of two latents."""
-    return 2 * vae_reduction(pipeline.vae)
-
-
 def vae_reduction(vae: AutoencoderKL) -> int:
     """Pixels of a latent's side."""
     return 2 ** (len(vae.config.block_out_channels) - 1)

@@ -47,7 +47,7 @@ def choose_trainable(
         rank, lora_alpha: of the updates; an alpha of None is the rank.
 
     Raises:
-        ValueError: `clear` or `lora` for a model other than CLEAR's. ImportError: no peft.
+        ValueError: `clear` or `lora` for a model other than CLEAR's; `lora` without peft.
     """
     if choice == "all":
         student.requires_grad_(True)
@@ -70,7 +70,13 @@ def choose_trainable(
 def _add_lora(
     student: ModelMixin, names: Sequence[str], rank: int, lora_alpha: int | None
 ) -> list[str]:
-    from peft import LoraConfig
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError(
+            "`model.trainable` must not be lora where peft is not installed, got 'lora':"
+            " pip install 'lintra[train]'"
+        ) from error
 
     pooling = [name for name in names if name.endswith("spatial_weight")]
     layers = sorted({name.rpartition(".")[0] for name in names if name not in pooling})

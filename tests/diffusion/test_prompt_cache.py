@@ -12,7 +12,11 @@ from lintra.diffusion.training.buckets import fit_to_bucket
 from lintra.diffusion.training.captions import read_captions
 from lintra.diffusion.training.latent_cache import weights_fingerprint
 from lintra.diffusion.training.prompt_cache import PromptCache, describe
-from lintra.diffusion.training.prompt_cache_build import build_prompt_cache, build_teacher_cache
+from lintra.diffusion.training.prompt_cache_build import (
+    build_prompt_cache,
+    build_teacher_cache,
+    pipeline_encoders,
+)
 from lintra.diffusion.training.text_pipelines import (
     encode_prompts,
     encoder_fingerprints,
@@ -48,10 +52,10 @@ def opened(folder, **options):
     return open_encoders(folder, dtype=torch.float32, **options)
 
 
-def build(pipeline, folder, images, origin, **changes):
-    options = {"buckets": BUCKETS, "max_sequence_length": 8, "batch_size": 2, "items_per_shard": 3}
-    options |= {"pipeline_folder": origin, **changes}
-    return build_prompt_cache(pipeline, folder, images, **options)
+def build(pipeline, folder, images, origin, length=8, **changes):
+    options = {"buckets": BUCKETS, "batch_size": 2, "items_per_shard": 3, **changes}
+    encoders = pipeline_encoders(pipeline, origin, length)
+    return build_prompt_cache(encoders, folder, images, **options)
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +110,12 @@ def test_mirrored_views(built):
 @pytest.mark.parametrize("family", SHAPES)
 def test_the_teacher_draws_alike_in_any_batch(folders, family, tmp_path):
     pipeline = opened(folders[family], with_transformer=True)
-    options = {"buckets": BUCKETS, "max_sequence_length": 8, "num_inference_steps": 2}
-    options |= {"pipeline_folder": folders[family], "guidance_scale": 2.0, "seed": 5}
+    encoders = pipeline_encoders(pipeline, folders[family], 8)
+    options = {"buckets": BUCKETS, "num_inference_steps": 2, "guidance_scale": 2.0, "seed": 5}
     caches = [
-        build_teacher_cache(pipeline, tmp_path / str(size), CAPTIONS, batch_size=size, **options)
+        build_teacher_cache(
+            pipeline, encoders, tmp_path / str(size), CAPTIONS, batch_size=size, **options
+        )
         for size in (1, 2)
     ]
     assert caches[0].bucket_of.tolist() == [0, 0, 0, 0, 1, 1, 1]
@@ -247,7 +253,7 @@ def test_what_does_not_fit(folders, images, tmp_path):
     fails("sides that are multiples of 4 for this model, got 10 x 8", buckets=[(10, 8)])
     fails("`items_per_shard` must be at least 1, got 0", items_per_shard=0)
     fails("`batch_size` must be at least 1, got 0", batch_size=0)
-    fails("`max_sequence_length` must be at least 1, got 0", max_sequence_length=0)
+    fails("`max_sequence_length` must be at least 1, got 0", length=0)
     torch.nn.init.constant_(pipeline.vae.quant_conv.bias, torch.nan)
     fails("must give finite mean, got others from its VAE")
     assert not (tmp_path / "cache").exists()

@@ -1,7 +1,7 @@
 """Text-to-image runs of the one loop: CLEAR on FLUX and SD3, LiT on PixArt."""
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import pytest
@@ -11,14 +11,18 @@ from safetensors.torch import load_file
 
 from lintra.diffusion import assert_linear, load_pipeline, load_transformer
 from lintra.diffusion.clear_weights import clear_parameter_names
-from lintra.diffusion.losses import LOSS_TERMS
+from lintra.diffusion.models.autoencoder_pixel import PixelAutoencoder
 from lintra.diffusion.training.batches import make_loader, step_generator
+from lintra.diffusion.training.families import PixArtFamily
 from lintra.diffusion.training.loop import Trainer
 from lintra.diffusion.training.metrics import read_metrics
 from lintra.diffusion.training.objective import Objective
-from tiny_models import pixel_pipeline, tiny_dit
-from tiny_recipes import TEXT_LOSSES, digits_recipe, text_recipe
-from tiny_text import make_tiny_cache, tiny_text_pipeline
+from lintra.diffusion.training.prompt_cache_build import build_prompt_cache
+from lintra.diffusion.training.prompt_cache_writer import Encoders
+from tiny_clear import FLUX
+from tiny_pixart import tiny_lit_pixart
+from tiny_recipes import TEXT_LOSSES, text_recipe
+from tiny_text import make_places
 
 FAMILIES = ("flux", "sd3", "pixart")
 CLEAR = ("flux", "sd3")
@@ -26,13 +30,7 @@ CLEAR = ("flux", "sd3")
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """Pipeline folder and cache of each family."""
-    found = {}
-    for family in FAMILIES:
-        folder = tmp_path_factory.mktemp(family)
-        tiny_text_pipeline(family).save_pretrained(folder / "pipeline")
-        found[family] = folder / "pipeline", make_tiny_cache(folder / "cache", folder / "pipeline")
-    return found
+    return make_places(tmp_path_factory.mktemp("places"), *FAMILIES)
 
 
 @pytest.fixture
@@ -367,8 +365,6 @@ def test_pixart_of_1024_px_is_told_the_size(places, tmp_path):
             seen.append(added_cond_kwargs)
             return (x,)
 
-    from lintra.diffusion.training.families import PixArtFamily
-
     condition = {"prompt_embeds": torch.zeros(2, 1, 1), "prompt_attention_mask": torch.ones(2, 1)}
     for told in (True, False):
         family = PixArtFamily({}, told, 8)
@@ -376,67 +372,68 @@ def test_pixart_of_1024_px_is_told_the_size(places, tmp_path):
     assert seen[0]["resolution"].tolist() == [[128, 256]] * 2
     assert seen[0]["aspect_ratio"].tolist() == [[0.5]] * 2
     assert seen[1] == {"resolution": None, "aspect_ratio": None}
+    sizes = {"attention_head_dim": 12, "cross_attention_dim": 48}
+    model = tiny_lit_pixart(**sizes, use_additional_conditions=True)
+    family = PixArtFamily(model.config, model.use_additional_conditions, 8)
+    condition = {**condition, "prompt_embeds": torch.randn(2, 1, 12)}
+    latents = torch.randn(2, 4, 8, 16)
+    wide, told = (family(model, x, torch.tensor([5, 9]), condition) for x in (latents, latents.mT))
+    assert wide.shape == (2, 8, 8, 16)
+    assert told.shape == (2, 8, 16, 8)
 
 
-def fails(recipe, message):
-    with pytest.raises(ValueError, match=message):
-        Trainer(recipe)
+@pytest.mark.parametrize("trainable", ["clear", "lora"])
+def test_pooling_kernels_learn_too(places, recipe, trainable, tmp_path):
+    config = {"radius": 2, "down_factor": 2}
+    made = recipe("flux", model={"trainable": trainable, "rank": 2, "config": config})
+    result = Trainer(made).run()
+    pooling = {
+        name: value
+        for name, value in load_transformer(result.pipeline).state_dict().items()
+        if name.endswith("spatial_weight")
+    }
+    assert len(pooling) == 4
+    assert not any(torch.equal(value, torch.full_like(value, 0.25)) for value in pooling.values())
 
 
-def test_recipes_that_do_not_fit(places, recipe, tmp_path):
-    with pytest.raises(ValueError, match="`data.source` must be prompt_cache for clear_flux"):
-        recipe("flux", data={"source": "digits"})
-    with pytest.raises(ValueError, match="`data.source` must not be prompt_cache for dit, got"):
-        digits_recipe(tmp_path, data={"source": "prompt_cache", "path": str(tmp_path)})
-    with pytest.raises(ValueError, match="`loss.flow` must be 0 for a model of ddpm"):
-        recipe("pixart", loss={"flow": 1.0})
-    with pytest.raises(ValueError, match="must be 0 for models other than CLEAR's"):
-        recipe("pixart", loss={"attention_transfer": 1.0})
-    cache = {"path": str(places["sd3"][1])}
-    fails(recipe("flux", data=cache), "must be made for flux, got sd3")
-    fails(recipe("flux", data={"path": str(tmp_path)}), "must be a prompt cache with an index.json")
-    other = str(places["pixart"][0])
-    fails(
-        recipe("flux", model={"pretrained_teacher_model": other}),
-        "prompt cache .* must be made with the text encoders",
-    )
-    fails(recipe("flux", model={"config": {"radius": 0}}), "`radius` must be at least 1, got 0")
-    fails(recipe("flux", model={"config": {"num_layers": 1}}), "`teacher` must hold the weights")
-    fails(recipe("flux", model={"attention_layers": [9]}), "`model.attention_layers` must be in 0")
-    fails(
-        recipe("flux", model={"vae": str(tmp_path / "vae")} | _other_vae(tmp_path)),
-        "must be made with the VAE",
-    )
-    fails(recipe("pixart", model={"trainable": "lora"}), "`model.trainable` must be all for a LiT")
-    fails(
-        recipe("flux", model={"kind": "flux"}, loss={"flow": 1.0}),
-        "`model.config` must be empty for a flux that goes on",
-    )
-    with pytest.raises(ValueError, match="`loss.noise` must be 0 for a model of flow"):
-        recipe("flux", loss={"noise": 1.0})
+@dataclass
+class Tile:
+    """A coloured image that a study holds in memory."""
+
+    name: str
+    caption: str
+
+    def size(self):
+        return (8, 8)
+
+    def read(self):
+        return torch.full((3, 8, 8), 100 + 50 * int(self.caption or 0), dtype=torch.uint8)
 
 
-def _other_vae(tmp_path):
-    tiny_text_pipeline("flux", seed=3).vae.save_pretrained(tmp_path / "vae")
-    return {}
+def test_a_study_in_pixel_space_with_its_own_prompts(tmp_path):
+    """Class names as text: a teacher from scratch, then its CLEAR student."""
+    table = torch.randn(3, 4, 12, generator=torch.Generator().manual_seed(0))
 
+    def encode(prompts):
+        rows = table[[int(prompt or 2) for prompt in prompts]]
+        return {"prompt_embeds": rows, "pooled_prompt_embeds": rows.mean(1)[:, :8].contiguous()}
 
-def test_teachers_that_do_not_fit(places, recipe, tmp_path):
-    pixel_pipeline(tiny_dit(in_channels=1, out_channels=2)).save_pretrained(tmp_path / "dit")
-    fails(
-        recipe("flux", model={"pretrained_teacher_model": str(tmp_path / "dit")}),
-        "`model.pretrained_teacher_model` must be a FluxPipeline, got a DiTPipeline",
-    )
-    pipeline = tiny_text_pipeline("pixart")
-    pipeline.register_modules(transformer=None)
-    pipeline.save_pretrained(tmp_path / "none")
-    fails(
-        recipe("pixart", model={"pretrained_teacher_model": str(tmp_path / "none")}),
-        "`model.pretrained_teacher_model` must have a transformer, got none in",
-    )
-    made = recipe("pixart")
-    noise = replace(made.noise, beta_end=0.03)
-    fails(replace(made, noise=noise), "`noise.beta_end` must be that of the teacher's")
-    scratch = {"kind": "flux", "config": {"num_layers": 1}, "pretrained_teacher_model": None}
-    fails(recipe("flux", model=scratch, loss={"flow": 1.0}), "`model.vae` must be given without")
-    assert {"flow", "output_distillation"} < LOSS_TERMS.keys()
+    encoders = Encoders("flux", PixelAutoencoder(3), encode, "a table", {}, 4)
+    tiles = [Tile(str(number), str(number % 2)) for number in range(4)]
+    cache = build_prompt_cache(encoders, tmp_path / "cache", tiles, buckets=[(8, 8)])
+    assert cache[0]["mean"].shape == (1, 3, 8, 8)
+    torch.testing.assert_close(cache[1]["mean"], torch.full((1, 3, 8, 8), 150 / 127.5 - 1))
+    common = {"validation": {"num_validation_images": 2, "num_inference_steps": 1}}
+    scratch = {"kind": "flux", "config": {**FLUX, "in_channels": 12}}
+    scratch |= {"pretrained_teacher_model": None, "trainable": "all"}
+    places = (tmp_path / "teacher" / "pipeline", tmp_path / "cache")
+    loss = {"flow": 1.0}
+    made = text_recipe(tmp_path / "teacher", "flux", *places, model=scratch, loss=loss, **common)
+    Trainer(made).run()
+    result = Trainer(text_recipe(tmp_path / "student", "flux", *places, **common)).run()
+    pipeline = load_pipeline(result.pipeline)
+    assert_linear(pipeline.transformer)
+    assert isinstance(pipeline.vae, PixelAutoencoder)
+    rows = {name: value[None] for name, value in cache.empty.items()}
+    images = pipeline(**rows, height=8, width=8, num_inference_steps=1, output_type="pt").images
+    assert images.shape == (1, 3, 8, 8)
