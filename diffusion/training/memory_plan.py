@@ -23,6 +23,9 @@ FLUX_DEV: Mapping[str, Any] = {"guidance_embeds": True}
 class MemoryPlan:
     """Bytes on each GPU of a run of `lintra distill`, without activations of one block.
 
+    A bound: not all of it is there at once (copies and checkpoints are gone when the gradients of
+    a lone micro-step are complete).
+
     ``shared + trained + copies + gradients + states + checkpoints``, where
 
     - shared: the teacher's parameters in bfloat16, once; the student's frozen ones are the same

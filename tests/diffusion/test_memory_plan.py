@@ -5,6 +5,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from lintra.diffusion.training.loop import Trainer
+from lintra.diffusion.training.memory_measure import measure_step
 from lintra.diffusion.training.memory_plan import format_plans, memory_plan
 from lintra.tools import memory_plan as tool
 from tiny_clear import FLUX
@@ -38,6 +39,27 @@ def test_the_command(capsys):
     with pytest.raises(SystemExit):
         tool.main(["--help"])
     assert "lintra memory-plan" in capsys.readouterr().out
+    if not torch.cuda.is_available():
+        assert tool.main(["--measure", "clear"]) == 2
+        assert "`--measure` must have a GPU, got none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trainable", ["clear", "lora"])
+def test_steps_of_random_weights(trainable):
+    measured = measure_step(
+        FLUX, device="cpu", trainable=trainable, rank=2, side=8, num_text=4, radius=2
+    )
+    assert 0 < measured.loss < 10
+    assert measured.plan.num_trained == memory_plan(FLUX, trainable=trainable, rank=2).num_trained
+    assert "peak 0.0 GiB" in str(measured)
+
+
+@pytest.mark.gpu
+def test_a_gpu_holds_the_teacher_once():
+    config = {"guidance_embeds": True, "num_layers": 8, "num_single_layers": 16}
+    measured = measure_step(config, device="cuda", trainable="lora", rank=4, radius=8)
+    assert measured.plan.shared > 9e9
+    assert measured.plan.shared < measured.peak < 1.8 * measured.plan.shared
 
 
 def storage_bytes(tensors):
