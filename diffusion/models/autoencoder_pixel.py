@@ -30,17 +30,28 @@ class PixelAutoencoder(AutoencoderKL):
 
     Args:
         in_channels: channels of the images, 1 or 3.
-        scaling_factor: always 1; pipelines divide latents by it.
+        scaling_factor, shift_factor: always 1 and 0; pipelines divide latents by and add them.
+        block_out_channels: always one entry; pipelines take the side of a latent from their number.
     """
 
     @register_to_config
-    def __init__(self, in_channels: int = 3, scaling_factor: float = 1.0):
+    def __init__(
+        self,
+        in_channels: int = 3,
+        scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
+        block_out_channels: tuple[int, ...] = (1,),
+    ):
         # An AutoencoderKL only in type, which pipelines check: its layers are not built.
         super(AutoencoderKL, self).__init__()
         if in_channels not in (1, 3):
             raise ValueError(f"`in_channels` must be 1 or 3, got {in_channels}")
         if scaling_factor != 1.0:
             raise ValueError(f"`scaling_factor` must be 1.0, got {scaling_factor}")
+        if shift_factor != 0.0:
+            raise ValueError(f"`shift_factor` must be 0.0, got {shift_factor}")
+        if len(block_out_channels) != 1:
+            raise ValueError(f"`block_out_channels` must have one entry, got {block_out_channels}")
         # Pipelines ask a module for its dtype and device, which a module without tensors lacks.
         self.register_buffer("anchor", torch.zeros(1))
 

@@ -21,23 +21,55 @@ class ModelConfig:
     """What is trained, and from what.
 
     Args:
-        kind: class of the trained transformer.
+        kind: class of the trained transformer; `dit`, `flux`, `sd3` and `pixart` are those of
+            diffusers, for teachers and controls.
         pretrained_teacher_model: pipeline folder of the teacher; none trains without one.
+        pretrained_model_name_or_path: folder of the transformer, or of its pipeline, that an
+            earlier stage of the same kind has trained; for CLEAR also a file of official weights.
         inherit: what the student takes of the teacher's weights, a key of `POLICIES`; `none` takes
             only its configuration.
         config: constructor arguments of the transformer, on top of the teacher's if there is one.
             The paper's ablations of a LiT are `num_linear_heads`, `linear_feature_map` (`relu`,
             `elu1`) and `conv_kernel_size` (0 for none).
         vae: folder of an AutoencoderKL; none takes that of the teacher's pipeline, or pixel space.
+        trainable: what learns: `all`; `clear`, the attention projections that CLEAR trains; `lora`,
+            low-rank updates of these. None is `clear` for CLEAR models and `all` for others.
+        rank, lora_alpha: of `lora`; an alpha of none is the rank.
+        master_weights: what learns is kept in float32 where the rest is in half precision.
+        attention_layers: blocks whose attention outputs the attention terms compare, numbered as
+            in `full_attention_layers`; none is the paper's choice, or all for attention_transfer.
     """
 
-    kind: Literal["dit", "lit"] = "lit"
+    kind: Literal[
+        "dit", "lit", "flux", "clear_flux", "sd3", "clear_sd3", "pixart", "lit_pixart"
+    ] = "lit"
     pretrained_teacher_model: str | None = None
+    pretrained_model_name_or_path: str | None = None
     inherit: str = "all_but_attention"
     config: dict[str, Any] = field(default_factory=dict)
     vae: str | None = None
+    trainable: Literal["all", "clear", "lora"] | None = None
+    rank: int = 64
+    lora_alpha: int | None = None
+    master_weights: bool = True
+    attention_layers: list[int] | None = None
+
+    @property
+    def family(self) -> str:
+        """`class`, `flux`, `sd3` or `pixart`."""
+        return "class" if self.kind in ("dit", "lit") else self.kind.split("_")[-1]
+
+    @property
+    def is_clear(self) -> bool:
+        return self.kind.startswith("clear_")
+
+    @property
+    def process(self) -> Literal["ddpm", "flow"]:
+        """What the model predicts: noise or velocity."""
+        return "ddpm" if self.family in ("class", "pixart") else "flow"
 
     def __post_init__(self) -> None:
+        _check(self.rank > 0, "model.rank", "be positive", self.rank)
         _check(self.inherit in ("none", *POLICIES), "model.inherit", "name a policy", self.inherit)
         if self.pretrained_teacher_model is None:
             _check(bool(self.config), "model.config", "be given without a teacher", self.config)
@@ -58,11 +90,36 @@ class NoiseConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """How FLUX and SD3 are trained, by the names of diffusers' training scripts.
+
+    Args:
+        shift: of the noise levels; none takes that of the teacher's scheduler, which is none for
+            FLUX (whose shift belongs to sampling).
+        weighting_scheme, logit_mean, logit_std, mode_scale: see `FlowProcess`.
+        guidance_scale: what models with a guidance embedding are told, teacher and student.
+    """
+
+    shift: float | None = None
+    weighting_scheme: Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"] = "none"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    guidance_scale: float = 3.5
+
+    def __post_init__(self) -> None:
+        _check(self.shift is None or self.shift > 0, "flow.shift", "be positive", self.shift)
+        _check(self.logit_std > 0, "flow.logit_std", "be positive", self.logit_std)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where images come from and how they are prepared.
 
     Args:
-        source: `digits` (scikit-learn's), `imagefolder` (class folders) or `npz`.
+        source: `digits` (scikit-learn's), `imagefolder` (class folders) or `npz`; for text to
+            image `prompt_cache`, which `lintra make-cache` has made. The cache has settled sizes,
+            mirroring and latents: of the fields below, only the last two mean something to it.
         path: folder or file of the source.
         split: `train` or `test` of the digits; other sources have only `all`.
         resolution: side of the square images, pixels.
@@ -70,11 +127,13 @@ class DataConfig:
         center_crop: crop the middle of the resized short side; otherwise squash.
         random_flip: mirror half of the images.
         image_interpolation_mode: how images are resized.
-        dataloader_num_workers: processes that read images.
         latent_cache: folder of precomputed latents, made with the VAE on first use.
+        dataloader_num_workers: processes that read images.
+        proportion_empty_prompts: share of prompts replaced by the empty one, for student and
+            teacher alike.
     """
 
-    source: Literal["digits", "imagefolder", "npz"] = "digits"
+    source: Literal["digits", "imagefolder", "npz", "prompt_cache"] = "digits"
     path: str | None = None
     split: Literal["all", "train", "test"] = "all"
     resolution: int = 256
@@ -84,8 +143,11 @@ class DataConfig:
     image_interpolation_mode: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
     dataloader_num_workers: int = 0
     latent_cache: str | None = None
+    proportion_empty_prompts: float = 0.0
 
     def __post_init__(self) -> None:
+        share = self.proportion_empty_prompts
+        _check(0 <= share < 1, "data.proportion_empty_prompts", "be in [0, 1)", share)
         _check(self.resolution > 0, "data.resolution", "be positive", self.resolution)
         _check(self.channels in (None, 1, 3), "data.channels", "be 1 or 3", self.channels)
         workers = self.dataloader_num_workers
@@ -102,13 +164,16 @@ class TrainingConfig:
         class_dropout_prob: share of labels replaced by "no class", for student and teacher alike.
         mixed_precision: none leaves the choice to `accelerate config`.
         max_grad_norm: gradients are scaled down to this norm; 0 does not clip.
+        optimizer: `adamw`; `prodigy` or `came` with pytorch_optimizer installed.
+        optimizer_arguments: further arguments of the optimiser, by its own names.
     """
 
     max_train_steps: int
     train_batch_size: int
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "prodigy", "came"] = "adamw"
+    optimizer_arguments: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 1e-4
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
@@ -213,6 +278,7 @@ class Recipe:
     model: ModelConfig
     training: TrainingConfig
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: dict[str, float] = field(default_factory=lambda: {"noise": 1.0, "vlb": 1.0})
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -223,9 +289,20 @@ class Recipe:
 
     def __post_init__(self) -> None:
         has_teacher = self.model.pretrained_teacher_model is not None
-        check_loss_weights(self.loss, has_teacher=has_teacher, has_variance=True)
+        check_loss_weights(
+            self.loss,
+            has_teacher=has_teacher,
+            has_variance=True,
+            process=self.model.process,
+            has_attention=self.model.is_clear,
+        )
+        is_text = self.model.family != "class"
+        if is_text != (self.data.source == "prompt_cache"):
+            must = "be prompt_cache" if is_text else "not be prompt_cache"
+            _check(False, "data.source", f"{must} for {self.model.kind}", self.data.source)
         paths = {
             "model.pretrained_teacher_model": self.model.pretrained_teacher_model,
+            "model.pretrained_model_name_or_path": self.model.pretrained_model_name_or_path,
             "model.vae": self.model.vae,
             "data.path": self.data.path,
         }
