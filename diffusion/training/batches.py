@@ -1,6 +1,7 @@
 """Batches that depend on seed and step alone, so that a resumed run sees the same ones."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,11 +9,14 @@ from torch.utils.data import DataLoader, Sampler
 
 from .images import ImageSource
 from .latent_cache import LatentCache
+from .memory import InMemoryImages
 
 
-def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
+def step_generator(
+    seed: int, step: int, rank: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
     """Generator of all random draws of one micro-step on one process."""
-    generator = torch.Generator()
+    generator = torch.Generator(device)
     # Distinct for every (seed, step, rank): Python's hash of a tuple of ints is deterministic.
     return generator.manual_seed(hash((seed, step, rank)) & (2**63 - 1))
 
@@ -53,7 +57,7 @@ class StepSampler(Sampler[list[int]]):
 
 
 def make_loader(
-    dataset: ImageSource | LatentCache,
+    dataset: ImageSource | LatentCache | InMemoryImages,
     batch_size: int,
     *,
     seed: int,
@@ -61,7 +65,7 @@ def make_loader(
     rank: int,
     num_processes: int,
     num_workers: int,
-) -> DataLoader:
+) -> Iterable[dict[str, Any]]:
     """Loader of the batches from micro-step `start` on."""
     sampler = StepSampler(
         len(dataset),
@@ -71,6 +75,8 @@ def make_loader(
         rank=rank,
         num_processes=num_processes,
     )
+    if isinstance(dataset, InMemoryImages):
+        return dataset.batches(sampler)
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -82,5 +88,5 @@ def make_loader(
 
 def flip_half(images: Tensor, generator: torch.Generator) -> Tensor:
     """Mirrors each image (B, C, H, W) with probability one half."""
-    flip = torch.rand(len(images), generator=generator) < 0.5
+    flip = torch.rand(len(images), generator=generator, device=generator.device) < 0.5
     return torch.where(flip.view(-1, 1, 1, 1).to(images.device), images.flip(-1), images)

@@ -23,23 +23,28 @@ class ModelConfig:
     Args:
         kind: class of the trained transformer.
         pretrained_teacher_model: pipeline folder of the teacher; none trains without one.
-        inherit: what the student takes of the teacher's weights, a key of `POLICIES`; `none` takes
-            only its configuration.
-        config: constructor arguments of the transformer, on top of the teacher's if there is one.
+        pretrained_donor_model: pipeline folder of the model that the student inherits from, if not
+            the teacher: the teacher at an earlier step (the donor's age in the paper's ablation),
+            or a LiT of another resolution that goes on.
+        inherit: what the student takes of the donor's weights, a key of `POLICIES`; `none` takes
+            only its configuration. A `dit` with `all` is the softmax control, trained on.
+        config: constructor arguments of the transformer, on top of the donor's if there is one.
             The paper's ablations of a LiT are `num_linear_heads`, `linear_feature_map` (`relu`,
-            `elu1`) and `conv_kernel_size` (0 for none).
+            `elu1`) and `conv_kernel_size` (0 for none). At another resolution: `sample_size` and
+            `interpolation_scale`, see `LiTTransformer2DModel`.
         vae: folder of an AutoencoderKL; none takes that of the teacher's pipeline, or pixel space.
     """
 
     kind: Literal["dit", "lit"] = "lit"
     pretrained_teacher_model: str | None = None
+    pretrained_donor_model: str | None = None
     inherit: str = "all_but_attention"
     config: dict[str, Any] = field(default_factory=dict)
     vae: str | None = None
 
     def __post_init__(self) -> None:
         _check(self.inherit in ("none", *POLICIES), "model.inherit", "name a policy", self.inherit)
-        if self.pretrained_teacher_model is None:
+        if self.pretrained_teacher_model is None and self.pretrained_donor_model is None:
             _check(bool(self.config), "model.config", "be given without a teacher", self.config)
 
 
@@ -72,6 +77,8 @@ class DataConfig:
         image_interpolation_mode: how images are resized.
         dataloader_num_workers: processes that read images.
         latent_cache: folder of precomputed latents, made with the VAE on first use.
+        in_memory: decode every image once, into the memory of the device; for small data, whose
+            reading would otherwise be what a fast GPU waits for.
     """
 
     source: Literal["digits", "imagefolder", "npz"] = "digits"
@@ -84,10 +91,13 @@ class DataConfig:
     image_interpolation_mode: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
     dataloader_num_workers: int = 0
     latent_cache: str | None = None
+    in_memory: bool = False
 
     def __post_init__(self) -> None:
         _check(self.resolution > 0, "data.resolution", "be positive", self.resolution)
         _check(self.channels in (None, 1, 3), "data.channels", "be 1 or 3", self.channels)
+        both = self.in_memory and self.latent_cache is not None
+        _check(not both, "data.in_memory", "be false with a latent cache", self.in_memory)
         workers = self.dataloader_num_workers
         _check(workers >= 0, "data.dataloader_num_workers", "not be negative", workers)
 
@@ -102,6 +112,9 @@ class TrainingConfig:
         class_dropout_prob: share of labels replaced by "no class", for student and teacher alike.
         mixed_precision: none leaves the choice to `accelerate config`.
         max_grad_norm: gradients are scaled down to this norm; 0 does not clip.
+        noise_on_device: draw noise where the model runs: without waiting for the CPU, which is the
+            limit of small models, but other numbers on other devices.
+        compile_blocks: `torch.compile` the transformer blocks of student and teacher.
     """
 
     max_train_steps: int
@@ -124,6 +137,8 @@ class TrainingConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     allow_tf32: bool = False
     class_dropout_prob: float = 0.1
+    noise_on_device: bool = False
+    compile_blocks: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps"):
@@ -142,13 +157,18 @@ class CheckpointConfig:
         checkpointing_steps: optimiser steps between two; 0 saves none but the last on a signal.
         checkpoints_total_limit: the oldest beyond this number are removed; none keeps all.
         resume_from_checkpoint: a checkpoint folder, or `latest` (starts anew if there is none).
+        pipeline_steps: steps after which the averaged model is also kept as `pipeline-{step}`: as
+            a donor of that age, or to be measured.
     """
 
     checkpointing_steps: int = 5000
     checkpoints_total_limit: int | None = 3
     resume_from_checkpoint: str | None = None
+    pipeline_steps: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        positive = all(step > 0 for step in self.pipeline_steps)
+        _check(positive, "checkpoint.pipeline_steps", "be positive", self.pipeline_steps)
         steps, limit = self.checkpointing_steps, self.checkpoints_total_limit
         _check(steps >= 0, "checkpoint.checkpointing_steps", "not be negative", steps)
         _check(limit is None or limit > 0, "checkpoint.checkpoints_total_limit", "be > 0", limit)
@@ -226,6 +246,7 @@ class Recipe:
         check_loss_weights(self.loss, has_teacher=has_teacher, has_variance=True)
         paths = {
             "model.pretrained_teacher_model": self.model.pretrained_teacher_model,
+            "model.pretrained_donor_model": self.model.pretrained_donor_model,
             "model.vae": self.model.vae,
             "data.path": self.data.path,
         }

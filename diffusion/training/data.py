@@ -11,6 +11,7 @@ from .batches import flip_half
 from .config import Recipe
 from .images import ImageSource
 from .latent_cache import INDEX_NAME, LatentCache, build_latent_cache, weights_fingerprint
+from .memory import InMemoryImages
 
 
 def check_images_fit(images: ImageSource, models: Models) -> None:
@@ -47,7 +48,9 @@ class TrainingData:
         self.vae = models.vae
         self.random_flip = recipe.data.random_flip
         self.device = accelerator.device
-        self.dataset: ImageSource | LatentCache = images
+        self.dataset: ImageSource | LatentCache | InMemoryImages = images
+        if recipe.data.in_memory:
+            self.dataset = InMemoryImages(images, self.device)
         folder = recipe.data.latent_cache
         if folder is None:
             return
@@ -89,14 +92,16 @@ class TrainingData:
             mean, std = self._choose_view(batch, generator)
         else:
             mean, std = self._encode(batch["image"], generator)
-        noise = torch.randn(mean.shape, generator=generator).to(self.device)
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device)
+        noise = noise.to(self.device)
         return mean + std * noise, labels
 
     def _choose_view(
         self, batch: dict[str, Tensor], generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         rows, views = batch["mean"].shape[:2]
-        index = torch.arange(rows), torch.randint(views, (rows,), generator=generator)
+        chosen = torch.randint(views, (rows,), generator=generator, device=generator.device)
+        index = torch.arange(rows), chosen.cpu()
         mean, std = batch["mean"][index], batch["std"][index]
         return mean.to(self.device, non_blocking=True), std.to(self.device, non_blocking=True)
 

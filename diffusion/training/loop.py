@@ -16,6 +16,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
+from ..compilation import compile_blocks
 from ..io import save_pipeline
 from .assemble import build_models, build_pipeline, build_process
 from .batches import make_loader, step_generator
@@ -102,6 +103,11 @@ class Trainer:
         )
         if self.is_sharded and recipe.ema.use_ema:
             raise ValueError("`ema.use_ema` must be false where parameters are sharded, got true")
+        if self.is_sharded and recipe.checkpoint.pipeline_steps:
+            raise ValueError(
+                "`checkpoint.pipeline_steps` must be empty where parameters are sharded, got"
+                f" {recipe.checkpoint.pipeline_steps}"
+            )
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         self._place_frozen_models()
         self.data = TrainingData(recipe, images, self.models, self.accelerator)
@@ -119,6 +125,8 @@ class Trainer:
         # The VAE stays in float32: some overflow in float16.
         self.models.vae.to(self.accelerator.device)
         if self.models.teacher is not None:
+            if self.recipe.training.compile_blocks:
+                compile_blocks(self.models.teacher, dynamic=False)
             dtype = _TEACHER_DTYPES.get(self.accelerator.mixed_precision, torch.float32)
             self.models.teacher.to(device=self.accelerator.device, dtype=dtype)
 
@@ -127,9 +135,12 @@ class Trainer:
         if config.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         student.to(self.accelerator.device)
+        if config.compile_blocks:
+            compile_blocks(student, dynamic=False)
         self.ema: EMAModel | None = None
         if self.recipe.ema.use_ema:
-            self.ema = EMAModel(student.parameters(), decay=self.recipe.ema.ema_decay)
+            # foreach: two launches for all parameters instead of two for each.
+            self.ema = EMAModel(student.parameters(), decay=self.recipe.ema.ema_decay, foreach=True)
             self.accelerator.register_for_checkpointing(self.ema)
         optimizer = _make_optimizer(list(student.parameters()), config)
         self.model, self.optimizer = self.accelerator.prepare(student, optimizer)
@@ -201,6 +212,8 @@ class Trainer:
                 window = Window()
             if is_saving:
                 self.keeper.save(self.step)
+            if self.step in recipe.checkpoint.pipeline_steps:
+                self._keep_pipeline()
             if self._is_due(recipe.validation.validation_steps) and not is_last:
                 self._validate()
         if window.micro_steps:
@@ -219,7 +232,13 @@ class Trainer:
         return stop.signum is not None
 
     def _micro_step(self, batch: dict[str, Tensor], index: int, window: Window) -> None:
-        generator = step_generator(self.recipe.seed, index, self.accelerator.process_index)
+        on_device = self.recipe.training.noise_on_device
+        generator = step_generator(
+            self.recipe.seed,
+            index,
+            self.accelerator.process_index,
+            self.accelerator.device if on_device else "cpu",
+        )
         clean, labels = self.data.prepare(batch, generator)
         with self.accelerator.accumulate(self.model):
             with self.accelerator.autocast():
@@ -294,6 +313,14 @@ class Trainer:
         with self._averaged_weights():
             pipeline = build_pipeline(self.models.student, self.models, self.recipe.noise)
             self._sample_grid(pipeline, f"step-{self.step:07d}")
+
+    def _keep_pipeline(self) -> None:
+        """Saves the averaged model of this step beside the run's other results."""
+        if self.is_main:
+            with self._averaged_weights():
+                pipeline = build_pipeline(self.models.student, self.models, self.recipe.noise)
+                save_pipeline(pipeline, self.output_dir / f"pipeline-{self.step}")
+        self.accelerator.wait_for_everyone()
 
     def _finish(self) -> Path:
         """Saves the pipeline with the averaged weights, a last grid and the loss plot."""

@@ -59,12 +59,14 @@ class DDPMObjective:
             teacher: called alike without gradient; None if no term needs it.
             clean: latents or images x_0, ``(B, C, H, W)`` float32.
             labels: ``(B,)`` int64.
-            generator: on the CPU, so that every device draws the same numbers.
+            generator: of all draws; one on the CPU draws the same numbers for every device.
         """
-        device = clean.device
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        timestep = torch.randint(self.process.num_steps, labels.shape, generator=generator)
-        dropped = torch.rand(labels.shape, generator=generator) < self.class_dropout_prob
+        device, drawing = clean.device, generator.device
+        noise = torch.randn(clean.shape, generator=generator, device=drawing).to(device)
+        steps = self.process.num_steps
+        timestep = torch.randint(steps, labels.shape, generator=generator, device=drawing)
+        chance = torch.rand(labels.shape, generator=generator, device=drawing)
+        dropped = chance < self.class_dropout_prob
         timestep = timestep.to(device)
         labels = torch.where(dropped.to(device), self.null_label, labels)
         noised = self.process.add_noise(clean, noise, timestep)
