@@ -144,9 +144,9 @@ def inherit_weights(
 
     Raises:
         ValueError: an unknown policy, configurations that do not fit, a student without
-            transformer blocks, a tensor that the policy asks for but the teacher lacks or has in another
-            shape, a teacher tensor outside the attention that has no place in the student. The
-            student is then unchanged.
+            transformer blocks, a tensor that the policy asks for but the teacher lacks or has in
+            another shape, a teacher tensor outside the attention that has no place in the student.
+            The student is then unchanged.
     """
     if policy not in POLICIES:
         raise ValueError(f"`policy` must be one of {', '.join(POLICIES)}, got {policy!r}")

@@ -123,14 +123,12 @@ def build_models(recipe: Recipe, classes: list[str]) -> Models:
             f"`model.config.num_embeds_ada_norm` must be at least the {len(classes)} classes of the"
             f" data, got {student.config.num_embeds_ada_norm}"
         )
+    encoded_by = given_by if taught_by is None else taught_by
+    vae = _build_vae(recipe, encoded_by, student.config.in_channels)
     models = Models(
         student=student.train(),
         teacher=teacher if needs_teacher(recipe.loss) else None,
-        vae=_build_vae(
-            recipe, given_by if taught_by is None else taught_by, student.config.in_channels
-        )
-        .eval()
-        .requires_grad_(False),
+        vae=vae.eval().requires_grad_(False),
         id2label=dict(enumerate(classes)),
     )
     check_loss_weights(

@@ -98,11 +98,9 @@ def test_errors_leave_the_student_alone():
     before = {name: tensor.clone() for name, tensor in lit.state_dict().items()}
     with pytest.raises(ValueError, match="`policy` must be one of all_but_attention, .* got 'any'"):
         inherit_weights(lit, tiny_dit(), "any")
-    with pytest.raises(ValueError, match="the teacher lacks transformer_blocks.0.attn1.dwc.weight"):
+    with pytest.raises(ValueError, match="the teacher lacks transformer_blocks.0.attn1.dwc"):
         inherit_weights(lit, tiny_dit(), "all")
-    with pytest.raises(
-        ValueError, match="`teacher` must fit the student, .* num_linear_heads 2 !="
-    ):
+    with pytest.raises(ValueError, match="`teacher` must fit the student, .* num_linear_heads 2 "):
         inherit_weights(tiny_lit(num_linear_heads=2), lit, "all")
     with pytest.raises(ValueError, match="`teacher` must fit the student, .* num_layers 2 != 3"):
         inherit_weights(lit, tiny_dit(num_layers=3))

@@ -269,9 +269,9 @@ def test_a_lit_continues_at_twice_the_resolution(teacher, tmp_path):
     pipeline = load_pipeline(trainer.run().pipeline)
     assert pipeline.transformer.config.sample_size == 16
     assert pipeline.transformer.pos_embed.interpolation_scale == 2.0
-    with pytest.raises(ValueError, match="sample_size` must be the teacher's 8, got 16"):
-        model["pretrained_teacher_model"] = str(teacher)
-        Trainer(digits_recipe(tmp_path / "never", model=model, data={"resolution": 16}))
+    model["pretrained_teacher_model"] = str(teacher)
+    recipe = digits_recipe(tmp_path / "never", model=model, data={"resolution": 16})
+    _fails(recipe, "sample_size` must be the teacher's 8, got 16")
 
 
 def test_images_in_memory_and_noise_on_the_device_change_nothing_on_a_cpu(tmp_path):
