@@ -121,7 +121,7 @@ def _cases(options: Namespace, settings: "Settings") -> "list[Case]":
         module = import_module(f".benchmark.{OPERATIONS[options.name]}", __package__)
         cases = [module.build(x) for x in options.shape] if options.shape else module.cases(tiny)
     else:
-        from .benchmark import models
+        from .benchmark import lit, models
 
         mode = models.Mode(
             settings.device,
@@ -131,7 +131,8 @@ def _cases(options: Namespace, settings: "Settings") -> "list[Case]":
             tiny=tiny,
         )
         names = MODEL_NAMES if options.name == "models" else (options.name,)
-        cases = models.cases(names, mode, options.shape)
+        cases = models.cases([name for name in names if name != "lit"], mode, options.shape)
+        cases += lit.cases(mode, options.shape) if "lit" in names else []
     chosen = [case for case in cases if options.only in str(case)]
     if not chosen:
         labels = ", ".join(map(str, cases))

@@ -47,8 +47,9 @@ class Case:
         floor_bytes: what the forward must move, for an element size in bytes; None: not known.
         flops: of the forward, 0 where they say nothing.
         targets: by (direction, peer or "floor"): highest multiple of the floor, or lowest speed-up
-            over the peer.
+            over the peer; "memory of PEER": highest multiple of the peer's memory.
         directions: those to measure.
+        images: of one call, for a model; 0 where nobody counts them.
     """
 
     op: str
@@ -64,6 +65,7 @@ class Case:
     flops: float = 0.0
     targets: Mapping[tuple[str, str], float] = field(default_factory=dict)
     directions: tuple[str, ...] = DIRECTIONS
+    images: int = 0
 
     def __str__(self) -> str:
         return " ".join(dict.fromkeys([self.op, self.group, self.shape]))
