@@ -72,9 +72,13 @@ def plot_losses(runs: dict[str, Path], file: Path) -> None:
         for title, run in rows.items():
             points = [(row["step"], row[name]) for row in run if name in row]
             if points:
-                axis.plot(*zip(*points, strict=True), label=title)
+                color = f"C{list(rows).index(title)}"
+                axis.plot(*zip(*points, strict=True), label=title, color=color, linewidth=1)
         axis.set(title=name, xlabel="step", yscale="log")
-        if len(runs) > 1:
-            axis.legend(fontsize=8)
+    if len(runs) > 1:
+        handles = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+        figure.legend(
+            handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=5
+        )
     figure.savefig(file, dpi=110)
     plt.close(figure)
