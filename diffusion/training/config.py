@@ -3,15 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ..inheritance import POLICIES
 from ..losses import check_loss_weights
 
+T = TypeVar("T")
 
-def _check(condition: bool, name: str, contract: str, value: object) -> None:
+
+def check_field(condition: bool, name: str, contract: str, value: object) -> None:
+    """Raises ValueError "`name` must contract, got value" unless the condition holds."""
     if not condition:
         raise ValueError(f"`{name}` must {contract}, got {value!r}")
 
@@ -43,9 +46,15 @@ class ModelConfig:
     vae: str | None = None
 
     def __post_init__(self) -> None:
-        _check(self.inherit in ("none", *POLICIES), "model.inherit", "name a policy", self.inherit)
+        check_field(
+            self.inherit in ("none", *POLICIES), "model.inherit", "name a policy", self.inherit
+        )
         if self.pretrained_teacher_model is None and self.pretrained_donor_model is None:
-            _check(bool(self.config), "model.config", "be given without a teacher", self.config)
+            is_all = self.inherit == "all"
+            check_field(not is_all, "model.inherit", "not be all without a donor", self.inherit)
+            check_field(
+                bool(self.config), "model.config", "be given without a teacher", self.config
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +68,7 @@ class NoiseConfig:
 
     def __post_init__(self) -> None:
         steps = self.num_train_timesteps
-        _check(steps > 1, "noise.num_train_timesteps", "be greater than 1", steps)
+        check_field(steps > 1, "noise.num_train_timesteps", "be greater than 1", steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +103,12 @@ class DataConfig:
     in_memory: bool = False
 
     def __post_init__(self) -> None:
-        _check(self.resolution > 0, "data.resolution", "be positive", self.resolution)
-        _check(self.channels in (None, 1, 3), "data.channels", "be 1 or 3", self.channels)
+        check_field(self.resolution > 0, "data.resolution", "be positive", self.resolution)
+        check_field(self.channels in (None, 1, 3), "data.channels", "be 1 or 3", self.channels)
         both = self.in_memory and self.latent_cache is not None
-        _check(not both, "data.in_memory", "be false with a latent cache", self.in_memory)
+        check_field(not both, "data.in_memory", "be false with a latent cache", self.in_memory)
         workers = self.dataloader_num_workers
-        _check(workers >= 0, "data.dataloader_num_workers", "not be negative", workers)
+        check_field(workers >= 0, "data.dataloader_num_workers", "not be negative", workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,11 +151,17 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps"):
-            _check(getattr(self, name) > 0, f"training.{name}", "be positive", getattr(self, name))
-        _check(self.learning_rate > 0, "training.learning_rate", "be positive", self.learning_rate)
-        _check(self.max_grad_norm >= 0, "training.max_grad_norm", "be >= 0", self.max_grad_norm)
+            check_field(
+                getattr(self, name) > 0, f"training.{name}", "be positive", getattr(self, name)
+            )
+        check_field(
+            self.learning_rate > 0, "training.learning_rate", "be positive", self.learning_rate
+        )
+        check_field(
+            self.max_grad_norm >= 0, "training.max_grad_norm", "be >= 0", self.max_grad_norm
+        )
         rate = self.class_dropout_prob
-        _check(0 <= rate < 1, "training.class_dropout_prob", "be in [0, 1)", rate)
+        check_field(0 <= rate < 1, "training.class_dropout_prob", "be in [0, 1)", rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,10 +183,12 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         positive = all(step > 0 for step in self.pipeline_steps)
-        _check(positive, "checkpoint.pipeline_steps", "be positive", self.pipeline_steps)
+        check_field(positive, "checkpoint.pipeline_steps", "be positive", self.pipeline_steps)
         steps, limit = self.checkpointing_steps, self.checkpoints_total_limit
-        _check(steps >= 0, "checkpoint.checkpointing_steps", "not be negative", steps)
-        _check(limit is None or limit > 0, "checkpoint.checkpoints_total_limit", "be > 0", limit)
+        check_field(steps >= 0, "checkpoint.checkpointing_steps", "not be negative", steps)
+        check_field(
+            limit is None or limit > 0, "checkpoint.checkpoints_total_limit", "be > 0", limit
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +199,7 @@ class EMAConfig:
     ema_decay: float = 0.9999
 
     def __post_init__(self) -> None:
-        _check(0 < self.ema_decay < 1, "ema.ema_decay", "be in (0, 1)", self.ema_decay)
+        check_field(0 < self.ema_decay < 1, "ema.ema_decay", "be in (0, 1)", self.ema_decay)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +221,7 @@ class ValidationConfig:
     def __post_init__(self) -> None:
         for name in ("validation_steps", "num_validation_images"):
             value = getattr(self, name)
-            _check(value >= 0, f"validation.{name}", "not be negative", value)
+            check_field(value >= 0, f"validation.{name}", "not be negative", value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +233,9 @@ class LoggingConfig:
     tracker_project_name: str = "lintra"
 
     def __post_init__(self) -> None:
-        _check(self.logging_steps > 0, "logging.logging_steps", "be positive", self.logging_steps)
+        check_field(
+            self.logging_steps > 0, "logging.logging_steps", "be positive", self.logging_steps
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,25 +270,30 @@ class Recipe:
             "data.path": self.data.path,
         }
         for name, path in paths.items():
-            _check(path is None or Path(path).exists(), name, "exist", path)
+            check_field(path is None or Path(path).exists(), name, "exist", path)
         if self.data.source != "digits":
-            _check(
+            check_field(
                 self.data.path is not None, "data.path", f"be given for {self.data.source}", None
             )
 
 
-def parse_recipe(arguments: Sequence[str], prog: str, description: str) -> Recipe:
-    """Reads `--config recipe.yaml` and overrides such as `--training.learning_rate 1e-4`.
+def parse_config(cls: type[T], arguments: Sequence[str], prog: str, description: str) -> T:
+    """Reads a dataclass from `--config file.yaml` and overrides such as `--group.field value`.
 
     A wrong key, type, value or path ends the process with one line of explanation and code 2.
     """
     usage = "%(prog)s --config recipe.yaml [--group.field value ...]"
     parser = ArgumentParser(prog=prog, description=description, usage=usage, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="recipe, a YAML file")
-    parser.add_class_arguments(Recipe)
+    parser.add_class_arguments(cls)
     values = parser.parse_args(list(arguments))
     try:
         groups = vars(parser.instantiate(values))
-        return Recipe(**{name: value for name, value in groups.items() if name != "config"})
+        return cls(**{name: value for name, value in groups.items() if name != "config"})
     except ValueError as error:
         parser.error(str(error))
+
+
+def parse_recipe(arguments: Sequence[str], prog: str, description: str) -> Recipe:
+    """`parse_config` of a recipe, e.g. with the override `--training.learning_rate 1e-4`."""
+    return parse_config(Recipe, arguments, prog, description)
