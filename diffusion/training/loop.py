@@ -28,6 +28,7 @@ from .metrics import MetricsFile, Window, plot_losses
 from .objective import DDPMObjective
 from .signals import StopRequest
 from .validation import validate
+from .verification import SharedVerifier
 
 # In the folder of a trained pipeline: the recipe that made it.
 RECIPE_FILE = "recipe.json"
@@ -78,6 +79,18 @@ class Trainer:
         self.output_dir = Path(recipe.output_dir)
         resume_from = resolve_checkpoint(recipe.checkpoint.resume_from_checkpoint, self.output_dir)
         config, data = recipe.training, recipe.data
+        self.accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            log_with=recipe.logging.report_to,
+            project_dir=str(self.output_dir),
+        )
+        beside = (
+            self.output_dir / "images" if data.latent_cache is None else Path(data.latent_cache)
+        )
+        self.verifier = SharedVerifier(
+            self.accelerator, beside.with_name(f"{beside.name}.verified.json")
+        )
         images = open_images(
             data.source,
             path=data.path,
@@ -86,16 +99,11 @@ class Trainer:
             center_crop=data.center_crop,
             interpolation=data.image_interpolation_mode,
             split=data.split,
+            verify=self.verifier,
         )
         self.num_classes = len(images.classes)
         self.models = build_models(recipe, images.classes)
         check_images_fit(images, self.models)
-        self.accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            log_with=recipe.logging.report_to,
-            project_dir=str(self.output_dir),
-        )
         self.is_main = self.accelerator.is_main_process
         self.is_sharded = self.accelerator.distributed_type in (
             DistributedType.FSDP,
@@ -164,6 +172,7 @@ class Trainer:
         self.metrics: MetricsFile | None = None
         if self.is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            self.verifier.save()
             self.metrics = MetricsFile(self.output_dir / "metrics.jsonl", self.step)
         if self.recipe.logging.report_to is not None:
             training = asdict(self.recipe.training)
