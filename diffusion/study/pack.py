@@ -14,7 +14,7 @@ from ..training.checkpoint import list_checkpoints, reduce_to_weights
 from ..training.loop import RECIPE_FILE
 from .config import TEACHER, Study
 from .report import TABLE_FILES
-from .worker import is_finished, is_trained
+from .worker import is_finished, is_trained, result_file
 
 PART_BYTES = 15 * 2**20
 _PART = "state.tar.{index:02d}"
@@ -47,11 +47,13 @@ def _weights(study: Study) -> Iterator[tuple[str, Path, Callable[[Path], None]]]
         if (folder := study.pipeline(TEACHER, step)).is_dir():
             yield f"{TEACHER} at {step}", folder, partial(_save_half, folder)
     for run in study.runs:
-        if run != TEACHER and is_trained(study, run):
-            folder = study.pipeline(run, study.steps(run)[-1])
-            if run in waiting or _size(folder) / 2 < _SMALL_BYTES:
-                yield f"{run}, trained", folder, partial(_save_half, folder)
-        elif not is_trained(study, run) and (found := list_checkpoints(study.folder(run))):
+        for step in study.steps(run) if run != TEACHER else []:
+            folder = study.pipeline(run, step)
+            is_model = is_trained(study, run) if step == study.steps(run)[-1] else folder.is_dir()
+            is_measured = result_file(study, run, step).is_file()
+            if is_model and (not is_measured or _size(folder) / 2 < _SMALL_BYTES):
+                yield f"{run} at {step}", folder, partial(_save_half, folder)
+        if not is_trained(study, run) and (found := list_checkpoints(study.folder(run))):
             yield f"{run}, stopped", found[-1], partial(reduce_to_weights, found[-1])
 
 

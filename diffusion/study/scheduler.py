@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from ..training.metrics import read_metrics
 from ..training.signals import StopRequest
 from .config import Study
 from .worker import is_finished
@@ -16,6 +17,8 @@ from .worker import is_finished
 GRACE = 20.0
 # A process needs this long to import and build models: started later it would get nothing done.
 LEAST = 40.0
+# Seconds between lines about how far the runs are.
+TELL_EVERY = 30.0
 _POLL = 0.2
 _TAIL = 12
 
@@ -63,6 +66,15 @@ class _Process:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-_TAIL:])
 
 
+def progress_of(study: Study, run: str) -> str:
+    """` at step N of M, R images/s` by the last line of a run's metrics; "" before there is one."""
+    rows = read_metrics(study.folder(run) / "metrics.jsonl")
+    if not rows:
+        return ""
+    step, rate = rows[-1]["step"], rows[-1]["images_per_second"]
+    return f" at step {step} of {study.steps(run)[-1]}, {rate:.0f} images/s"
+
+
 def run_all(
     study: Study,
     command: Callable[[str], Sequence[str]],
@@ -84,12 +96,15 @@ def run_all(
         stop_after: seconds until all processes have ended.
         say: takes lines about progress.
     """
-    started = time.monotonic()
+    started = told = time.monotonic()
     needs = {run: study.needs(run) for run in study.runs}
     waiting = [run for run in study.runs if not is_finished(study, run)]
     running: dict[str, _Process] = {}
     outcome = Outcome([])
     threads = max(1, (os.cpu_count() or 1) // parallel)
+
+    def tell(event: str) -> None:
+        say(f"{time.monotonic() - started:6.1f} s: {event}")
 
     def left() -> float:
         return stop_after - GRACE - (time.monotonic() - started)
@@ -100,15 +115,19 @@ def run_all(
                 process = running.pop(run)
                 process.end(0)
                 if is_finished(study, run):
-                    say(f"{time.monotonic() - started:6.1f} s: {run} finished")
+                    tell(f"{run} finished")
                 else:
                     outcome.failed[run] = process.tail()
-                    say(f"{time.monotonic() - started:6.1f} s: {run} FAILED, see {process.log}")
+                    tell(f"{run} FAILED, see {process.log}")
             ready = [run for run in waiting if all(folder.is_dir() for folder in needs[run])]
             for run in ready[: max(0, parallel - len(running))] if left() > LEAST else []:
                 waiting.remove(run)
                 running[run] = _Process(command(run), study.folder(run) / "log.txt", threads)
-                say(f"{time.monotonic() - started:6.1f} s: {run} started")
+                tell(f"{run} started")
+            if time.monotonic() - told > TELL_EVERY:
+                told = time.monotonic()
+                for run in running:
+                    tell(f"{run}{progress_of(study, run)}")
             if left() <= 0 or (not running and (not ready or left() <= LEAST)):
                 break
             time.sleep(_POLL)
@@ -117,6 +136,6 @@ def run_all(
         stopped = time.monotonic()
         for run, process in running.items():
             process.end(GRACE - (time.monotonic() - stopped))
-            say(f"{time.monotonic() - started:6.1f} s: {run} stopped")
+            tell(f"{run} stopped{progress_of(study, run)}")
     outcome.unfinished = [run for run in study.runs if not is_finished(study, run)]
     return outcome

@@ -1,11 +1,13 @@
 """One run of a study in a process of its own: train, then measure at every step that counts."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
 import torch
 
+from ..training.checkpoint import checkpoint_step, list_checkpoints
 from ..training.loop import RECIPE_FILE, Trainer
 from .config import Study
 from .measure import quality, speeds
@@ -40,6 +42,7 @@ def is_finished(study: Study, run: str) -> bool:
 def train_and_measure(study: Study, run: str) -> int | None:
     """Does what is left of a run; gives the signal that stopped it, None if it is finished."""
     if not is_trained(study, run):
+        _drop_late_checkpoints(study, run)
         started = time.perf_counter()
         result = Trainer(study.recipe(run)).run()
         _add_seconds(study.folder(run) / "seconds.json", time.perf_counter() - started)
@@ -52,6 +55,18 @@ def train_and_measure(study: Study, run: str) -> int | None:
             # Last: this file says that the run was measured.
             result_file(study, run, step).write_text(json.dumps(numbers, indent=1))
     return None
+
+
+def _drop_late_checkpoints(study: Study, run: str) -> None:
+    """Removes checkpoints from which a step that is yet to be measured cannot be reached."""
+    missing = [
+        step
+        for step in study.steps(run)
+        if not (result_file(study, run, step).is_file() or study.pipeline(run, step).is_dir())
+    ]
+    for checkpoint in list_checkpoints(study.folder(run)):
+        if missing and checkpoint_step(checkpoint) > missing[0]:
+            shutil.rmtree(checkpoint)
 
 
 def measure_speed(study: Study, *, compiled: bool) -> None:

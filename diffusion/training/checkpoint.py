@@ -29,7 +29,12 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
         for path in output_dir.glob(f"{_PREFIX}*")
         if path.is_dir() and path.name.removeprefix(_PREFIX).isdigit()
     ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(folder: Path) -> int:
+    """Optimiser steps at which a checkpoint folder was written, by its name."""
+    return int(folder.name.removeprefix(_PREFIX))
 
 
 def resolve_checkpoint(choice: str | None, output_dir: Path) -> Path | None:

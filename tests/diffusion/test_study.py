@@ -1,6 +1,8 @@
 """A study of seconds on digits: recipes of the arms, runs, resuming, report and packing."""
 
 import os
+import re
+import shutil
 import signal
 import sys
 import threading
@@ -16,7 +18,7 @@ from lintra.diffusion.study import measure
 from lintra.diffusion.study.config import TEACHER, Arm, Evaluation, Study, check_study
 from lintra.diffusion.study.pack import pack_study, unpack_study
 from lintra.diffusion.study.report import TABLE_FILES, rows_of, write_report
-from lintra.diffusion.study.scheduler import run_all
+from lintra.diffusion.study.scheduler import progress_of, run_all
 from lintra.diffusion.study.worker import (
     is_finished,
     is_trained,
@@ -24,6 +26,7 @@ from lintra.diffusion.study.worker import (
     result_file,
     train_and_measure,
 )
+from lintra.diffusion.training.loop import Trainer
 from lintra.diffusion.training.metrics import read_metrics
 from tiny_recipes import DISTILLATION
 from tiny_study import ARMS, make_study
@@ -102,6 +105,11 @@ def test_the_report(done: Study) -> None:
     assert all((Path(done.output_dir) / name).is_file() for name in TABLE_FILES)
 
 
+def test_progress(done: Study, tmp_path: Path) -> None:
+    assert re.fullmatch(r" at step 4 of 4, \d+ images/s", progress_of(done, "hybrid"))
+    assert progress_of(make_study(tmp_path), "hybrid") == ""
+
+
 def test_nothing_measured_is_no_report(tmp_path: Path) -> None:
     assert write_report(make_study(tmp_path), "", {}) == ""
 
@@ -128,8 +136,11 @@ def test_a_packed_study_goes_on_elsewhere(done: Study, tmp_path: Path) -> None:
 
 def test_what_has_no_room_is_left_out(done: Study, tmp_path: Path) -> None:
     lines: list[str] = []
+    result_file(done, "hybrid", 2).rename(tmp_path / "moved")
     pack_study(done, tmp_path / "pack", limit=1, say=lines.append)
+    (tmp_path / "moved").rename(result_file(done, "hybrid", 2))
     assert lines[0] == "pack: no room for teacher at 8"
+    assert lines.count("pack: no room for hybrid at 2") == 1
     elsewhere = make_study(tmp_path)
     unpack_study(tmp_path / "pack", Path(elsewhere.output_dir))
     assert not is_trained(elsewhere, TEACHER)
@@ -157,6 +168,21 @@ def test_a_stopped_run_is_packed_and_resumed(tmp_path: Path) -> None:
     assert train_and_measure(carried, TEACHER) is None
     steps = [row["step"] for row in read_metrics(carried.folder(TEACHER) / "metrics.jsonl")]
     assert steps == [*range(1, step + 3)]
+
+
+def test_a_checkpoint_past_a_step_to_be_measured_is_of_no_use(tmp_path: Path) -> None:
+    arms = {"scratch": replace(ARMS["scratch"], lengths=[0.25, 0.5])}
+    study = make_study(tmp_path, arms=arms)
+    recipe = study.recipe("scratch")
+    keep = replace(recipe.checkpoint, checkpointing_steps=3, pipeline_steps=[])
+    Trainer(replace(recipe, checkpoint=keep)).run()
+    assert (study.folder("scratch") / "checkpoint-3").is_dir()
+    shutil.rmtree(study.folder("scratch") / "pipeline")
+    assert train_and_measure(study, "scratch") is None
+    assert is_finished(study, "scratch")
+    rows = read_metrics(study.folder("scratch") / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert not (study.folder("scratch") / "checkpoint-3").exists()
 
 
 FAKE = """
