@@ -4,9 +4,11 @@ from typing import Any
 
 from torch import nn
 
+_BLOCKS = ("transformer_blocks", "single_transformer_blocks")
+
 
 def compile_blocks(model: nn.Module, **options: Any) -> None:
-    """Compiles each of `model.transformer_blocks` in place, which all share one compilation.
+    """Compiles each block of a transformer in place; blocks of one kind share one compilation.
 
     Compiling a whole DiT-XL/2 takes minutes for 28 times the same block. Parameters, their names
     and the forward call stay as they are.
@@ -17,8 +19,10 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
     Raises:
         ValueError: a model without `transformer_blocks`.
     """
-    blocks = getattr(model, "transformer_blocks", None)
-    if not isinstance(blocks, nn.ModuleList):
+    lists = [getattr(model, name, None) for name in _BLOCKS]
+    found = [blocks for blocks in lists if isinstance(blocks, nn.ModuleList)]
+    if not found:
         raise ValueError(f"`model` must have transformer_blocks, got a {type(model).__name__}")
-    for block in blocks:
-        block.compile(**options)
+    for blocks in found:
+        for block in blocks:
+            block.compile(**options)

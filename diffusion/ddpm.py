@@ -55,6 +55,15 @@ class DDPMProcess:
         """Entries `timestep` (B,) of a table, as float32 (B, 1, 1, 1)."""
         return self._tables[name][timestep].view(-1, 1, 1, 1)
 
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Uniform steps ``(count,)`` int64, on the generator's device."""
+        device = generator.device
+        return torch.randint(self.num_steps, (count,), generator=generator, device=device)
+
+    def weighting(self, timestep: Tensor) -> Tensor | None:
+        """None: every step counts alike."""
+        return None
+
     def add_noise(self, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """x_t of x_0 = `clean` and unit normal `noise`, all (B, C, H, W)."""
         return (

@@ -1,8 +1,9 @@
 """Opening, checking and changing pipelines and transformers that hold lintra's models."""
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +201,35 @@ def replace_folder(partial: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _link_parts(origin: Path, folder: Path, parts: Sequence[str]) -> None:
+    """Puts components of the pipeline folder `origin` into `folder`, linked where that is possible.
+
+    Text encoders of many gigabytes that nobody has changed need not be written again.
+    """
+    index_file = folder / "model_index.json"
+    index = json.loads(index_file.read_text())
+    theirs = _read_json(origin / "model_index.json", "a pipeline folder")
+    for name in parts:
+        if (origin / name).is_dir():
+            shutil.copytree(origin / name, folder / name, copy_function=_link_or_copy)
+            index[name] = theirs[name]
+    index_file.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(os.path.realpath(source), target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
 def save_pipeline(
-    pipeline: DiffusionPipeline, folder: str | Path, texts: Mapping[str, str] | None = None
+    pipeline: DiffusionPipeline,
+    folder: str | Path,
+    texts: Mapping[str, str] | None = None,
+    *,
+    origin: Path | None = None,
+    parts: Sequence[str] = (),
 ) -> None:
     """`pipeline.save_pretrained` that leaves nothing half: an interruption keeps the old folder.
 
@@ -209,11 +237,15 @@ def save_pipeline(
         pipeline: what is saved.
         folder: its folder, replaced if it exists.
         texts: further files to put there, name -> content.
+        origin: pipeline folder that has the `parts` which the pipeline lacks.
+        parts: components that are linked from there.
     """
     folder = Path(folder)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)
+    if origin is not None:
+        _link_parts(origin, partial, parts)
     for name, text in (texts or {}).items():
         (partial / name).write_text(text)
     replace_folder(partial, folder)

@@ -10,6 +10,8 @@ from importlib.metadata import version
 COMMANDS: dict[str, tuple[str, str]] = {
     "distill": ("lintra.tools.distill", "turn a pretrained DiT into a linear one"),
     "train": ("lintra.tools.train", "train a model without a teacher"),
+    "make-cache": ("lintra.tools.make_cache", "latents and prompt embeddings for training"),
+    "memory-plan": ("lintra.tools.memory_plan", "memory that distilling FLUX.1-dev takes"),
     "sample": ("lintra.tools.sample", "draw a grid of images from a pipeline folder"),
     "evaluate": ("lintra.tools.evaluate", "compare a pipeline's images with real ones"),
     "train-backbone": ("lintra.tools.train_backbone", "train a vision backbone"),

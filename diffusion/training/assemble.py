@@ -7,6 +7,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
+    DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
 )
@@ -22,6 +23,7 @@ from ..models.transformer_dit import OfficialDiTTransformer2DModel
 from ..models.transformer_lit import LiTTransformer2DModel
 from .config import NoiseConfig, Recipe
 from .objective import disable_internal_label_dropout
+from .trainable import start_from
 
 STUDENTS: dict[str, type[DiTTransformer2DModel]] = {
     "dit": DiTTransformer2DModel,
@@ -37,11 +39,11 @@ class Models:
         student: the trained transformer.
         teacher: None unless a loss term compares with it.
         vae: an `AutoencoderKL`, or a `PixelAutoencoder` for pixel space.
-        id2label: class names for the pipeline.
+        id2label: class names for the pipeline; none for text to image.
     """
 
-    student: DiTTransformer2DModel
-    teacher: DiTTransformer2DModel | None
+    student: ModelMixin
+    teacher: ModelMixin | None
     vae: ModelMixin
     id2label: dict[int, str]
 
@@ -54,6 +56,16 @@ class Models:
         return self.student.out_channels == 2 * self.student.config.in_channels
 
 
+def check_noise_schedule(noise: NoiseConfig, teacher: DiffusionPipeline) -> None:
+    """Raises ValueError unless the recipe's schedule is that of the teacher's pipeline."""
+    for name, ours in asdict(noise).items():
+        theirs = teacher.scheduler.config.get(name)
+        if theirs != ours:
+            raise ValueError(
+                f"`noise.{name}` must be that of the teacher's pipeline, {theirs}, got {ours}"
+            )
+
+
 def _load_pretrained(name: str, path: str | None, noise: NoiseConfig) -> DiTPipeline | None:
     """The pipeline of the recipe's field `name`, whose schedule must be the recipe's."""
     if path is None:
@@ -64,12 +76,7 @@ def _load_pretrained(name: str, path: str | None, noise: NoiseConfig) -> DiTPipe
     for part in ("transformer", "scheduler"):
         if getattr(pipeline, part) is None:
             raise ValueError(f"`{name}` must have a {part}, got none in {path}")
-    for field, ours in asdict(noise).items():
-        theirs = pipeline.scheduler.config.get(field)
-        if theirs != ours:
-            raise ValueError(
-                f"`noise.{field}` must be that of the teacher's pipeline, {theirs}, got {ours}"
-            )
+    check_noise_schedule(noise, pipeline)
     return pipeline
 
 
@@ -118,6 +125,13 @@ def build_models(recipe: Recipe, classes: list[str]) -> Models:
     source = taught_by if given_by is None else given_by
     torch.manual_seed(recipe.seed)
     student = _build_student(recipe, teacher, None if source is None else source.transformer)
+    if recipe.model.pretrained_model_name_or_path is not None:
+        start_from(student, recipe.model.pretrained_model_name_or_path)
+    if recipe.model.trainable not in (None, "all"):
+        raise ValueError(
+            f"`model.trainable` must be all for a {recipe.model.kind}, got"
+            f" {recipe.model.trainable!r}"
+        )
     if len(classes) > student.config.num_embeds_ada_norm:
         raise ValueError(
             f"`model.config.num_embeds_ada_norm` must be at least the {len(classes)} classes of the"

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 from .images import ImageSource
 from .latent_cache import LatentCache
 from .memory import InMemoryImages
+from .prompt_cache import PromptCache
 
 
 def step_generator(
@@ -56,8 +57,65 @@ class StepSampler(Sampler[list[int]]):
             step += 1
 
 
+class BucketSampler(Sampler[list[int]]):
+    """Endless batches of one bucket each, from micro-step `start` on.
+
+    An epoch shuffles every bucket and cuts it into global batches, of which all processes take
+    their slice; the last of a bucket is filled up from the bucket's beginning. Then the batches
+    are shuffled. An item comes once an epoch, but for those that fill up.
+
+    Args:
+        bucket_of: number of the bucket of each item, ``(N,)``.
+        batch_size: items a process and batch.
+        seed, start, rank, num_processes: as of `StepSampler`.
+    """
+
+    def __init__(
+        self,
+        bucket_of: Tensor,
+        batch_size: int,
+        *,
+        seed: int,
+        start: int,
+        rank: int,
+        num_processes: int,
+    ):
+        numbers = bucket_of.unique().tolist()
+        self.buckets = [(bucket_of == number).nonzero().flatten() for number in numbers]
+        self.batch_size = batch_size
+        self.global_size = batch_size * num_processes
+        self.seed = seed
+        self.start = start
+        self.rank = rank
+        self.batches_per_epoch = sum(-(-len(rows) // self.global_size) for rows in self.buckets)
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        """Global batches of one epoch, in order."""
+        generator = step_generator(self.seed, epoch, -1)
+        batches: list[list[int]] = []
+        for rows in self.buckets:
+            order = rows[torch.randperm(len(rows), generator=generator)].tolist()
+            count = -(-len(order) // self.global_size)
+            filled = [order[i % len(order)] for i in range(count * self.global_size)]
+            batches += [
+                filled[i : i + self.global_size] for i in range(0, len(filled), self.global_size)
+            ]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, batches = -1, []
+        step, first = self.start, self.rank * self.batch_size
+        while True:
+            if step // self.batches_per_epoch != epoch:
+                epoch = step // self.batches_per_epoch
+                batches = self._epoch(epoch)
+            batch = batches[step % self.batches_per_epoch]
+            yield batch[first : first + self.batch_size]
+            step += 1
+
+
 def make_loader(
-    dataset: ImageSource | LatentCache | InMemoryImages,
+    dataset: ImageSource | LatentCache | InMemoryImages | PromptCache,
     batch_size: int,
     *,
     seed: int,
@@ -66,15 +124,13 @@ def make_loader(
     num_processes: int,
     num_workers: int,
 ) -> Iterable[dict[str, Any]]:
-    """Loader of the batches from micro-step `start` on."""
-    sampler = StepSampler(
-        len(dataset),
-        batch_size,
-        seed=seed,
-        start=start,
-        rank=rank,
-        num_processes=num_processes,
-    )
+    """Loader of the batches from micro-step `start` on; those of a prompt cache have one size."""
+    place = {"seed": seed, "start": start, "rank": rank, "num_processes": num_processes}
+    sampler: Sampler[list[int]]
+    if isinstance(dataset, PromptCache):
+        sampler = BucketSampler(dataset.bucket_of, batch_size, **place)
+    else:
+        sampler = StepSampler(len(dataset), batch_size, **place)
     if isinstance(dataset, InMemoryImages):
         return dataset.batches(sampler)
     return DataLoader(

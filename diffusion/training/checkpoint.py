@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..io import load_transformer, replace_folder
 from .config import CheckpointConfig
+from .trainable import TRAINED_FILE, load_trained, save_trained, trains_all
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +83,9 @@ class CheckpointKeeper:
     """Saves and restores everything that `accelerator` holds.
 
     The transformer lies in `transformer/`, as `save_pretrained` writes it, so that a checkpoint
-    opens like any model. Under FSDP and DeepSpeed the sharded state is accelerate's own, written
-    by all processes; call `save` and `load` on every process.
+    opens like any model. Where most of it is frozen, what learns lies in one flat file instead,
+    which for CLEAR is laid out as its official weights are. Under FSDP and DeepSpeed the sharded
+    state is accelerate's own, written by all processes; call `save` and `load` on every process.
 
     Args:
         accelerator: with model, optimiser and other state prepared or registered.
@@ -102,15 +104,23 @@ class CheckpointKeeper:
         for index in reversed(range(len(weights))):
             if self.accelerator.is_main_process:
                 model: ModelMixin = self.accelerator.unwrap_model(models[index])
-                model.save_pretrained(Path(folder) / "transformer", state_dict=weights[index])
+                if trains_all(model):
+                    model.save_pretrained(Path(folder) / "transformer", state_dict=weights[index])
+                else:
+                    save_trained(model, weights[index], Path(folder))
             weights.pop(index)  # accelerate would write what is left a second time
 
-    def _read_models(self, models: list, folder: str) -> None:
-        if not (Path(folder) / "transformer").is_dir():
+    def _read_models(self, models: list, name: str) -> None:
+        folder = Path(name)
+        if (folder / TRAINED_FILE).is_file():
+            while models:
+                load_trained(self.accelerator.unwrap_model(models.pop()), folder / TRAINED_FILE)
+            return
+        if not (folder / "transformer").is_dir():
             return  # sharded state: accelerate reads it
         while models:
             model: ModelMixin = self.accelerator.unwrap_model(models.pop())
-            saved = type(model).from_pretrained(Path(folder) / "transformer")
+            saved = type(model).from_pretrained(folder / "transformer")
             model.load_state_dict(saved.state_dict())
 
     def _load_weights(self, folder: Path, step: int) -> None:

@@ -24,11 +24,14 @@ class ModelConfig:
     """What is trained, and from what.
 
     Args:
-        kind: class of the trained transformer.
+        kind: class of the trained transformer; `dit`, `flux`, `sd3` and `pixart` are those of
+            diffusers, for teachers and controls.
         pretrained_teacher_model: pipeline folder of the teacher; none trains without one.
         pretrained_donor_model: pipeline folder of the model that the student inherits from, if not
             the teacher: the teacher at an earlier step (the donor's age in the paper's ablation),
             or a LiT of another resolution that goes on.
+        pretrained_model_name_or_path: folder of the transformer, or of its pipeline, that an
+            earlier stage of the same kind has trained; for CLEAR also a file of official weights.
         inherit: what the student takes of the donor's weights, a key of `POLICIES`; `none` takes
             only its configuration. A `dit` with `all` is the softmax control, trained on.
         config: constructor arguments of the transformer, on top of the donor's if there is one.
@@ -36,20 +39,52 @@ class ModelConfig:
             `elu1`) and `conv_kernel_size` (0 for none). At another resolution: `sample_size` and
             `interpolation_scale`, see `LiTTransformer2DModel`.
         vae: folder of an AutoencoderKL; none takes that of the teacher's pipeline, or pixel space.
+        trainable: what learns: `all`; `clear`, the attention projections that CLEAR trains; `lora`,
+            low-rank updates of these. None is `clear` for CLEAR models and `all` for others.
+        rank, lora_alpha: of `lora`; an alpha of none is the rank.
+        master_weights: what learns is kept in float32 where the rest is in half precision.
+        attention_layers: blocks whose attention outputs the attention terms compare, numbered as
+            in `full_attention_layers`; none is the paper's choice, or all for attention_transfer.
     """
 
-    kind: Literal["dit", "lit"] = "lit"
+    kind: Literal[
+        "dit", "lit", "flux", "clear_flux", "sd3", "clear_sd3", "pixart", "lit_pixart"
+    ] = "lit"
     pretrained_teacher_model: str | None = None
     pretrained_donor_model: str | None = None
+    pretrained_model_name_or_path: str | None = None
     inherit: str = "all_but_attention"
     config: dict[str, Any] = field(default_factory=dict)
     vae: str | None = None
+    trainable: Literal["all", "clear", "lora"] | None = None
+    rank: int = 64
+    lora_alpha: int | None = None
+    master_weights: bool = True
+    attention_layers: list[int] | None = None
+
+    @property
+    def family(self) -> str:
+        """`class`, `flux`, `sd3` or `pixart`."""
+        return "class" if self.kind in ("dit", "lit") else self.kind.split("_")[-1]
+
+    @property
+    def is_clear(self) -> bool:
+        return self.kind.startswith("clear_")
+
+    @property
+    def process(self) -> Literal["ddpm", "flow"]:
+        """What the model predicts: noise or velocity."""
+        return "ddpm" if self.family in ("class", "pixart") else "flow"
 
     def __post_init__(self) -> None:
+        check_field(self.rank > 0, "model.rank", "be positive", self.rank)
         check_field(
             self.inherit in ("none", *POLICIES), "model.inherit", "name a policy", self.inherit
         )
-        if self.pretrained_teacher_model is None and self.pretrained_donor_model is None:
+        donor = self.pretrained_donor_model
+        is_class = donor is None or self.family == "class"
+        check_field(is_class, "model.pretrained_donor_model", f"be none for {self.kind}", donor)
+        if self.pretrained_teacher_model is None and donor is None:
             is_all = self.inherit == "all"
             check_field(not is_all, "model.inherit", "not be all without a donor", self.inherit)
             check_field(
@@ -72,11 +107,36 @@ class NoiseConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """How FLUX and SD3 are trained, by the names of diffusers' training scripts.
+
+    Args:
+        shift: of the noise levels; none takes that of the teacher's scheduler, which is none for
+            FLUX (whose shift belongs to sampling).
+        weighting_scheme, logit_mean, logit_std, mode_scale: see `FlowProcess`.
+        guidance_scale: what models with a guidance embedding are told, teacher and student.
+    """
+
+    shift: float | None = None
+    weighting_scheme: Literal["none", "sigma_sqrt", "logit_normal", "mode", "cosmap"] = "none"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    guidance_scale: float = 3.5
+
+    def __post_init__(self) -> None:
+        check_field(self.shift is None or self.shift > 0, "flow.shift", "be positive", self.shift)
+        check_field(self.logit_std > 0, "flow.logit_std", "be positive", self.logit_std)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where images come from and how they are prepared.
 
     Args:
-        source: `digits` (scikit-learn's), `imagefolder` (class folders) or `npz`.
+        source: `digits` (scikit-learn's), `imagefolder` (class folders) or `npz`; for text to
+            image `prompt_cache`, which `lintra make-cache` has made. The cache has settled sizes,
+            mirroring and latents: of the fields below, only the last two mean something to it.
         path: folder or file of the source.
         split: `train` or `test` of the digits; other sources have only `all`.
         resolution: side of the square images, pixels.
@@ -84,13 +144,15 @@ class DataConfig:
         center_crop: crop the middle of the resized short side; otherwise squash.
         random_flip: mirror half of the images.
         image_interpolation_mode: how images are resized.
-        dataloader_num_workers: processes that read images.
         latent_cache: folder of precomputed latents, made with the VAE on first use.
         in_memory: decode every image once, into the memory of the device; for small data, whose
             reading would otherwise be what a fast GPU waits for.
+        dataloader_num_workers: processes that read images.
+        proportion_empty_prompts: share of prompts replaced by the empty one, for student and
+            teacher alike.
     """
 
-    source: Literal["digits", "imagefolder", "npz"] = "digits"
+    source: Literal["digits", "imagefolder", "npz", "prompt_cache"] = "digits"
     path: str | None = None
     split: Literal["all", "train", "test"] = "all"
     resolution: int = 256
@@ -101,8 +163,11 @@ class DataConfig:
     dataloader_num_workers: int = 0
     latent_cache: str | None = None
     in_memory: bool = False
+    proportion_empty_prompts: float = 0.0
 
     def __post_init__(self) -> None:
+        share = self.proportion_empty_prompts
+        check_field(0 <= share < 1, "data.proportion_empty_prompts", "be in [0, 1)", share)
         check_field(self.resolution > 0, "data.resolution", "be positive", self.resolution)
         check_field(self.channels in (None, 1, 3), "data.channels", "be 1 or 3", self.channels)
         both = self.in_memory and self.latent_cache is not None
@@ -124,13 +189,16 @@ class TrainingConfig:
         noise_on_device: draw noise where the model runs: without waiting for the CPU, which is the
             limit of small models, but other numbers on other devices.
         compile_blocks: `torch.compile` the transformer blocks of student and teacher.
+        optimizer: `adamw`; `prodigy` or `came` with pytorch_optimizer installed.
+        optimizer_arguments: further arguments of the optimiser, by its own names.
     """
 
     max_train_steps: int
     train_batch_size: int
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "prodigy", "came"] = "adamw"
+    optimizer_arguments: dict[str, Any] = field(default_factory=dict)
     learning_rate: float = 1e-4
     lr_scheduler: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
@@ -252,6 +320,7 @@ class Recipe:
     model: ModelConfig
     training: TrainingConfig
     noise: NoiseConfig = field(default_factory=NoiseConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: dict[str, float] = field(default_factory=lambda: {"noise": 1.0, "vlb": 1.0})
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -262,10 +331,21 @@ class Recipe:
 
     def __post_init__(self) -> None:
         has_teacher = self.model.pretrained_teacher_model is not None
-        check_loss_weights(self.loss, has_teacher=has_teacher, has_variance=True)
+        check_loss_weights(
+            self.loss,
+            has_teacher=has_teacher,
+            has_variance=True,
+            process=self.model.process,
+            has_attention=self.model.is_clear,
+        )
+        is_text = self.model.family != "class"
+        if is_text != (self.data.source == "prompt_cache"):
+            must = "be prompt_cache" if is_text else "not be prompt_cache"
+            check_field(False, "data.source", f"{must} for {self.model.kind}", self.data.source)
         paths = {
             "model.pretrained_teacher_model": self.model.pretrained_teacher_model,
             "model.pretrained_donor_model": self.model.pretrained_donor_model,
+            "model.pretrained_model_name_or_path": self.model.pretrained_model_name_or_path,
             "model.vae": self.model.vae,
             "data.path": self.data.path,
         }

@@ -9,9 +9,12 @@ from torch import Tensor
 from .assemble import Models
 from .batches import flip_half
 from .config import Recipe
+from .families import Condition
 from .images import ImageSource
-from .latent_cache import INDEX_NAME, LatentCache, build_latent_cache, weights_fingerprint
+from .latent_cache import LatentCache, build_latent_cache, scaled_posterior, weights_fingerprint
 from .memory import InMemoryImages
+from .prompt_cache import EMBEDDINGS, PromptCache
+from .shards import INDEX_NAME
 
 
 def check_images_fit(images: ImageSource, models: Models) -> None:
@@ -85,31 +88,58 @@ class TrainingData:
     @torch.no_grad()
     def prepare(
         self, batch: dict[str, Tensor], generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """x_0 (B, C, h, w) float32 and labels (B,) of a collated batch, on the device."""
-        labels = batch["label"].to(self.device, non_blocking=True)
+    ) -> tuple[Tensor, Condition]:
+        """x_0 (B, C, h, w) float32 and the labels (B,) of a collated batch, on the device."""
+        condition = {"class_labels": batch["label"].to(self.device, non_blocking=True)}
         if "mean" in batch:
-            mean, std = self._choose_view(batch, generator)
-        else:
-            mean, std = self._encode(batch["image"], generator)
+            return draw_latent(batch, generator, self.device), condition
+        mean, std = self._encode(batch["image"], generator)
         noise = torch.randn(mean.shape, generator=generator, device=generator.device)
-        noise = noise.to(self.device)
-        return mean + std * noise, labels
-
-    def _choose_view(
-        self, batch: dict[str, Tensor], generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        rows, views = batch["mean"].shape[:2]
-        chosen = torch.randint(views, (rows,), generator=generator, device=generator.device)
-        index = torch.arange(rows), chosen.cpu()
-        mean, std = batch["mean"][index], batch["std"][index]
-        return mean.to(self.device, non_blocking=True), std.to(self.device, non_blocking=True)
+        return mean + std * noise.to(self.device), condition
 
     def _encode(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         pixels = images.to(self.device, non_blocking=True).float() / 127.5 - 1
         if self.random_flip:
             pixels = flip_half(pixels, generator)
-        posterior = self.vae.encode(pixels).latent_dist
-        shift = self.vae.config.get("shift_factor") or 0.0
-        scale = self.vae.config.scaling_factor
-        return (posterior.mean - shift) * scale, posterior.std * scale
+        return scaled_posterior(self.vae, pixels)
+
+
+def draw_latent(
+    batch: dict[str, Tensor], generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """A latent ``(B, c, h, w)`` of one view of cached ones ``(B, V, c, h, w)``.
+
+    Without `std`, which a cache of drawn latents lacks, the mean is the latent.
+    """
+    rows, views = batch["mean"].shape[:2]
+    chosen = torch.randint(views, (rows,), generator=generator, device=generator.device)
+    index = torch.arange(rows), chosen.cpu()
+    mean = batch["mean"][index].to(device, non_blocking=True)
+    if "std" not in batch:
+        return mean
+    std = batch["std"][index].to(device, non_blocking=True)
+    return mean + std * torch.randn(mean.shape, generator=generator).to(device)
+
+
+class PromptData:
+    """A `PromptCache` and the way from one of its batches to x_0 and the prompts' embeddings.
+
+    Args:
+        cache: the data set.
+        device: where batches go.
+    """
+
+    def __init__(self, cache: PromptCache, device: torch.device):
+        self.dataset = cache
+        self.device = device
+
+    def prepare(
+        self, batch: dict[str, Tensor], generator: torch.Generator
+    ) -> tuple[Tensor, Condition]:
+        """x_0 (B, c, h, w) float32 and the embeddings of a collated batch, on the device."""
+        condition = {
+            name: batch[name].to(self.device, non_blocking=True)
+            for name in EMBEDDINGS
+            if name in batch
+        }
+        return draw_latent(batch, generator, self.device), condition

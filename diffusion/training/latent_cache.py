@@ -1,25 +1,22 @@
 """An on-disk cache of VAE latents in safetensors shards, bound to the VAE's weights."""
 
-import bisect
 import hashlib
 import json
 import shutil
 import uuid
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from .images import ImageSource
+from .shards import INDEX_NAME, Shards, read_index
 
-INDEX_NAME = "index.json"
 FORMAT_VERSION = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _INDEX_KEYS = (
@@ -151,7 +148,7 @@ class LatentCache(Dataset):
         resolution: int | None = None,
     ) -> None:
         self.folder = Path(folder)
-        index = _read_index(self.folder)
+        index = read_index(self.folder, _INDEX_KEYS, FORMAT_VERSION, "latent")
         self.vae_id: str = index["vae_id"]
         self.vae_fingerprint: str = index["vae_fingerprint"]
         self.resolution: int = index["resolution"]
@@ -168,14 +165,9 @@ class LatentCache(Dataset):
                 f"latent cache {self.folder} must be made at resolution {resolution}, "
                 f"got {self.resolution}"
             )
-        self._files = [self.folder / shard["file"] for shard in index["shards"]]
-        self._ends = list(accumulate(shard["count"] for shard in index["shards"]))
-        self._open: dict[int, Any] = {}
-        labels = [
-            self._checked_labels(file, shard["count"])
-            for file, shard in zip(self._files, index["shards"], strict=True)
-        ]
-        self.labels = torch.cat(labels)
+        self._shards = Shards(self.folder, index["shards"], "latent")
+        numbers = range(len(index["shards"]))
+        self.labels = torch.cat([self._checked_labels(number) for number in numbers])
         if len(self.labels) != index["count"]:
             raise ValueError(
                 f"latent cache {self.folder} must hold {index['count']} items, "
@@ -186,31 +178,17 @@ class LatentCache(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"`index` must be below {len(self)}, got {index}")
-        index %= len(self)
-        shard = bisect.bisect_right(self._ends, index)
-        row = index - (self._ends[shard - 1] if shard else 0)
-        if shard not in self._open:
-            self._open[shard] = _open_shard(self._files[shard])
-        tensors = {name: self._open[shard].get_slice(name)[row].float() for name in ("mean", "std")}
-        return {**tensors, "label": int(self.labels[index])}
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Open files cannot be sent to a worker process; it opens its own.
-        return {**self.__dict__, "_open": {}}
-
-    def _checked_labels(self, file: Path, count: int) -> Tensor:
-        handle = _open_shard(file)
-        expected = {
-            "mean": [count, self.num_views, *self.latent_shape],
-            "std": [count, self.num_views, *self.latent_shape],
-            "label": [count],
+        tensors = self._shards.row(index, ("mean", "std"))
+        return {
+            **{name: value.float() for name, value in tensors.items()},
+            "label": int(self.labels[index]),
         }
-        found = {name: handle.get_slice(name).get_shape() for name in handle.keys()}  # noqa: SIM118
-        if found != expected:
-            raise ValueError(f"latent shard {file} must hold {expected}, got {found}")
-        return handle.get_tensor("label")
+
+    def _checked_labels(self, shard: int) -> Tensor:
+        count = self._shards.counts[shard]
+        latents = [count, self.num_views, *self.latent_shape]
+        self._shards.check(shard, {"mean": latents, "std": latents, "label": [count]})
+        return self._shards.handle(shard).get_tensor("label")
 
 
 def _check_build(
@@ -235,17 +213,14 @@ def _encode(
     loader: DataLoader, vae: ModelMixin, random_flip: bool, dtype: torch.dtype, bar: tqdm
 ) -> dict[str, Tensor]:
     """``mean`` and ``std`` (n, V, c, h, w) and ``label`` (n,) of one shard, on the CPU."""
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    scale = vae.config.scaling_factor
     parts: dict[str, list[Tensor]] = {"mean": [], "std": [], "label": []}
     for batch in loader:
         image = batch["image"].to(vae.device)
         image = (image.float() / 127.5 - 1).to(vae.dtype)
         views = [image, image.flip(-1)] if random_flip else [image]
-        posteriors = [_posterior(vae, view) for view in views]
-        mean = torch.stack([(p.mean.float() - shift) * scale for p in posteriors], dim=1)
-        std = torch.stack([p.std.float() * scale for p in posteriors], dim=1)
-        mean, std = mean.to("cpu", dtype), std.to("cpu", dtype)
+        means, stds = zip(*(scaled_posterior(vae, view) for view in views), strict=True)
+        mean = torch.stack(means, dim=1).to("cpu", dtype)
+        std = torch.stack(stds, dim=1).to("cpu", dtype)
         if not (mean.isfinite().all() and std.isfinite().all()):
             raise ValueError(
                 f"`vae` must give finite latents, got some that are not, "
@@ -258,35 +233,15 @@ def _encode(
     return {name: torch.cat(tensors).contiguous() for name, tensors in parts.items()}
 
 
-def _posterior(vae: ModelMixin, image: Tensor) -> Any:
-    output = vae.encode(image)
+def scaled_posterior(vae: ModelMixin, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """``(mean - shift) * scale`` and ``std * scale`` of images in [-1, 1], float32.
+
+    Raises:
+        TypeError: a VAE without a Gaussian posterior.
+    """
+    output = vae.encode(pixels)
     if not hasattr(output, "latent_dist"):
         raise TypeError(f"`vae` must give a Gaussian posterior, got {type(vae).__name__}")
-    return output.latent_dist
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    file = folder / INDEX_NAME
-    if not file.is_file():
-        raise ValueError(f"`folder` must be a latent cache with an {INDEX_NAME}, got {folder}")
-    try:
-        index = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} must be valid JSON, got {error}") from error
-    missing = [key for key in _INDEX_KEYS if not isinstance(index, dict) or key not in index]
-    if missing:
-        raise ValueError(f"{file} must hold {', '.join(_INDEX_KEYS)}, missing {missing}")
-    if index["format_version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"{file} must have format version {FORMAT_VERSION}, got {index['format_version']}"
-        )
-    return index
-
-
-def _open_shard(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except FileNotFoundError as error:
-        raise ValueError(f"latent cache must hold the shard {file}, got none") from error
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"latent shard {file} must be whole safetensors, got {error}") from error
+    posterior = output.latent_dist
+    shift, scale = getattr(vae.config, "shift_factor", None) or 0.0, vae.config.scaling_factor
+    return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale

@@ -9,31 +9,25 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from diffusers import DiTPipeline
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
 from ..compilation import compile_blocks
-from ..io import save_pipeline
-from .assemble import build_models, build_pipeline, build_process
 from .batches import make_loader, step_generator
 from .checkpoint import CheckpointKeeper, list_checkpoints, resolve_checkpoint
-from .config import Recipe, TrainingConfig
-from .data import TrainingData, check_images_fit
-from .images import open_images
+from .config import Recipe
 from .metrics import MetricsFile, Window, plot_losses
-from .objective import DDPMObjective
+from .optimizers import make_optimizer
 from .signals import StopRequest
-from .validation import validate
-from .verification import SharedVerifier
+from .tasks import make_task
+from .trainable import finish, has_lora, save_trained, trains_all
 
 # In the folder of a trained pipeline: the recipe that made it.
 RECIPE_FILE = "recipe.json"
-OPTIMIZERS = {"adamw": torch.optim.AdamW}
-_TEACHER_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class TrainingDiverged(RuntimeError):
@@ -57,16 +51,6 @@ class TrainingResult:
     checkpoint: Path | None
 
 
-def _make_optimizer(parameters: list[Tensor], config: TrainingConfig) -> torch.optim.Optimizer:
-    return OPTIMIZERS[config.optimizer](
-        parameters,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )
-
-
 class Trainer:
     """One run of a recipe: `Trainer(recipe).run()`.
 
@@ -78,37 +62,19 @@ class Trainer:
         self.recipe = recipe
         self.output_dir = Path(recipe.output_dir)
         resume_from = resolve_checkpoint(recipe.checkpoint.resume_from_checkpoint, self.output_dir)
-        config, data = recipe.training, recipe.data
+        config = recipe.training
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            # A plugin, because a launcher for DeepSpeed would overrule a number.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                config.gradient_accumulation_steps
+            ),
             log_with=recipe.logging.report_to,
             project_dir=str(self.output_dir),
         )
-        beside = (
-            self.output_dir / "images" if data.latent_cache is None else Path(data.latent_cache)
-        )
-        self.verifier = SharedVerifier(
-            self.accelerator, beside.with_name(f"{beside.name}.verified.json")
-        )
-        images = open_images(
-            data.source,
-            path=data.path,
-            resolution=data.resolution,
-            channels=data.channels,
-            center_crop=data.center_crop,
-            interpolation=data.image_interpolation_mode,
-            split=data.split,
-            verify=self.verifier,
-        )
-        self.num_classes = len(images.classes)
-        self.models = build_models(recipe, images.classes)
-        check_images_fit(images, self.models)
         self.is_main = self.accelerator.is_main_process
-        self.is_sharded = self.accelerator.distributed_type in (
-            DistributedType.FSDP,
-            DistributedType.DEEPSPEED,
-        )
+        kind = self.accelerator.distributed_type
+        self.is_sharded = kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if self.is_sharded and recipe.ema.use_ema:
             raise ValueError("`ema.use_ema` must be false where parameters are sharded, got true")
         if self.is_sharded and recipe.checkpoint.pipeline_steps:
@@ -116,41 +82,40 @@ class Trainer:
                 "`checkpoint.pipeline_steps` must be empty where parameters are sharded, got"
                 f" {recipe.checkpoint.pipeline_steps}"
             )
+        if kind == DistributedType.FSDP and recipe.model.trainable == "lora":
+            raise ValueError("`model.trainable` must not be lora under FSDP, got 'lora'")
+        if kind == DistributedType.DEEPSPEED:
+            # It clips by itself, and no loader of accelerate tells it the size of batches.
+            settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            settings["train_micro_batch_size_per_gpu"] = config.train_batch_size
+            settings["gradient_clipping"] = config.max_grad_norm
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-        self._place_frozen_models()
-        self.data = TrainingData(recipe, images, self.models, self.accelerator)
-        self.objective = DDPMObjective(
-            build_process(recipe.noise).to(self.accelerator.device),
-            recipe.loss,
-            class_dropout_prob=config.class_dropout_prob,
-            null_label=self.models.student.config.num_embeds_ada_norm,
-        )
+        self.task = make_task(recipe, self.accelerator)
+        self.models = self.task.models
+        if recipe.checkpoint.pipeline_steps and not trains_all(self.models.student):
+            raise ValueError(
+                "`checkpoint.pipeline_steps` must be empty unless all weights are trained, got"
+                f" {recipe.checkpoint.pipeline_steps}"
+            )
         self._prepare_student()
         self.keeper = CheckpointKeeper(self.accelerator, self.output_dir, recipe.checkpoint)
         self.step = 0 if resume_from is None else self.keeper.load(resume_from)
-
-    def _place_frozen_models(self) -> None:
-        # The VAE stays in float32: some overflow in float16.
-        self.models.vae.to(self.accelerator.device)
-        if self.models.teacher is not None:
-            if self.recipe.training.compile_blocks:
-                compile_blocks(self.models.teacher, dynamic=False)
-            dtype = _TEACHER_DTYPES.get(self.accelerator.mixed_precision, torch.float32)
-            self.models.teacher.to(device=self.accelerator.device, dtype=dtype)
 
     def _prepare_student(self) -> None:
         config, student = self.recipe.training, self.models.student
         if config.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         student.to(self.accelerator.device)
-        if config.compile_blocks:
-            compile_blocks(student, dynamic=False)
+        for model in (student, self.models.teacher) if config.compile_blocks else ():
+            if model is not None:
+                compile_blocks(model, dynamic=False)
+        self.trained = [value for value in student.parameters() if value.requires_grad]
         self.ema: EMAModel | None = None
         if self.recipe.ema.use_ema:
             # foreach: two launches for all parameters instead of two for each.
-            self.ema = EMAModel(student.parameters(), decay=self.recipe.ema.ema_decay, foreach=True)
+            self.ema = EMAModel(self.trained, decay=self.recipe.ema.ema_decay, foreach=True)
             self.accelerator.register_for_checkpointing(self.ema)
-        optimizer = _make_optimizer(list(student.parameters()), config)
+        optimizer = make_optimizer(self.trained, config)
         self.model, self.optimizer = self.accelerator.prepare(student, optimizer)
         # Not prepared: accelerate would advance it once a process.
         self.lr_scheduler = get_scheduler(
@@ -172,11 +137,12 @@ class Trainer:
         self.metrics: MetricsFile | None = None
         if self.is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            self.verifier.save()
+            self.task.begin()
             self.metrics = MetricsFile(self.output_dir / "metrics.jsonl", self.step)
         if self.recipe.logging.report_to is not None:
             training = asdict(self.recipe.training)
-            scalars = {key: value for key, value in training.items() if value is not None}
+            kinds = (int, float, str, bool)
+            scalars = {key: value for key, value in training.items() if isinstance(value, kinds)}
             self.accelerator.init_trackers(self.recipe.logging.tracker_project_name, scalars)
         with StopRequest() as stop:
             self._train(stop)
@@ -191,7 +157,7 @@ class Trainer:
         accumulation = config.gradient_accumulation_steps
         batches = iter(
             make_loader(
-                self.data.dataset,
+                self.task.data.dataset,
                 config.train_batch_size,
                 seed=recipe.seed,
                 start=self.step * accumulation,
@@ -248,13 +214,14 @@ class Trainer:
             self.accelerator.process_index,
             self.accelerator.device if on_device else "cpu",
         )
-        clean, labels = self.data.prepare(batch, generator)
+        clean, condition = self.task.data.prepare(batch, generator)
         with self.accelerator.accumulate(self.model):
             with self.accelerator.autocast():
-                loss, terms = self.objective(
-                    self.model, self.models.teacher, clean, labels, generator
+                loss, terms = self.task.objective(
+                    self.model, self.models.teacher, clean, condition, generator
                 )
             self.accelerator.backward(loss)
+            self.task.objective.release()
             window.add({"loss": loss.detach(), **{f"loss_{k}": v for k, v in terms.items()}})
             if self.accelerator.sync_gradients:
                 limit = self.recipe.training.max_grad_norm or math.inf
@@ -265,7 +232,7 @@ class Trainer:
             if self.accelerator.sync_gradients and not self.optimizer.step_was_skipped:
                 self.lr_scheduler.step()
                 if self.ema is not None:
-                    self.ema.step(self.models.student.parameters())
+                    self.ema.step(self.trained)
             self.optimizer.zero_grad()
 
     def _log(self, window: Window, progress: tqdm) -> None:
@@ -298,54 +265,56 @@ class Trainer:
     @contextmanager
     def _averaged_weights(self) -> Iterator[None]:
         """Context in which the student has its averaged weights, if they are kept."""
-        parameters = list(self.models.student.parameters())
         if self.ema is not None:
-            self.ema.store(parameters)
-            self.ema.copy_to(parameters)
+            self.ema.store(self.trained)
+            self.ema.copy_to(self.trained)
         self.models.student.eval()
         try:
             yield
         finally:
             self.models.student.train()
             if self.ema is not None:
-                self.ema.restore(parameters)
+                self.ema.restore(self.trained)
 
-    def _sample_grid(self, pipeline: DiTPipeline, name: str) -> None:
+    def _sample_grid(self, pipeline: DiffusionPipeline, name: str) -> None:
         if self.recipe.validation.num_validation_images:
-            file = self.output_dir / "samples" / f"{name}.png"
-            validate(pipeline, self.recipe.validation, self.num_classes, self.recipe.seed, file)
+            self.task.sample_grid(pipeline, self.output_dir / "samples" / f"{name}.png")
 
     def _validate(self) -> None:
         """A sample grid of the main process; sharded weights are only sampled at the end."""
         if not self.is_main or self.is_sharded:
             return
         with self._averaged_weights():
-            pipeline = build_pipeline(self.models.student, self.models, self.recipe.noise)
+            pipeline = self.task.build_pipeline(self.models.student)
             self._sample_grid(pipeline, f"step-{self.step:07d}")
 
     def _keep_pipeline(self) -> None:
         """Saves the averaged model of this step beside the run's other results."""
         if self.is_main:
             with self._averaged_weights():
-                pipeline = build_pipeline(self.models.student, self.models, self.recipe.noise)
-                save_pipeline(pipeline, self.output_dir / f"pipeline-{self.step}")
+                pipeline = self.task.build_pipeline(self.models.student)
+                self.task.save(pipeline, self.output_dir / f"pipeline-{self.step}", {})
         self.accelerator.wait_for_everyone()
 
     def _finish(self) -> Path:
         """Saves the pipeline with the averaged weights, a last grid and the loss plot."""
         folder = self.output_dir / "pipeline"
-        # Gathering sharded weights takes part of every process.
-        state = self.accelerator.get_state_dict(self.model) if self.is_sharded else None
+        # Gathering sharded weights takes part of every process; DeepSpeed up to ZeRO-2 shards none.
+        is_fsdp = self.accelerator.distributed_type == DistributedType.FSDP
+        state = self.accelerator.get_state_dict(self.model) if is_fsdp else None
         if self.is_main:
             student = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             if state is not None:
                 student = type(student).from_config(student.config)
                 student.load_state_dict(state)
             with self._averaged_weights():
-                pipeline = build_pipeline(student, self.models, self.recipe.noise)
+                if not (trains_all(student) or has_lora(student)):
+                    save_trained(student, student.state_dict(), self.output_dir)
+                finish(student, self.output_dir)
+                pipeline = self.task.build_pipeline(student)
                 self._sample_grid(pipeline, "final")
                 recipe = json.dumps(asdict(self.recipe), indent=1)
-                save_pipeline(pipeline, folder, {RECIPE_FILE: recipe})
+                self.task.save(pipeline, folder, {RECIPE_FILE: recipe})
             metrics = self.output_dir / "metrics.jsonl"
             plot_losses({self.output_dir.name: metrics}, self.output_dir / "loss.png")
         self.accelerator.wait_for_everyone()

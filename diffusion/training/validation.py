@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import torch
-from diffusers import DiTPipeline
+from diffusers import DiffusionPipeline, DiTPipeline
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from ..sampling import balanced_labels, sample_images
 from .config import ValidationConfig
+from .prompt_cache import PromptCache
+from .text_pipelines import decode_latents, draw_latents
 
 
 def save_grid(images: torch.Tensor, file: Path, columns: int) -> None:
@@ -32,3 +34,31 @@ def validate(
         seed=seed,
     )
     save_grid(images, file, columns=min(count, max(num_classes, 4), 10))
+
+
+@torch.no_grad()
+def validate_prompts(
+    pipeline: DiffusionPipeline,
+    cache: PromptCache,
+    config: ValidationConfig,
+    seed: int,
+    file: Path,
+) -> None:
+    """Draws prompts of the cache, spread over the bucket that has most, always the same ones."""
+    bucket = int(cache.bucket_of.bincount().argmax())
+    rows = (cache.bucket_of == bucket).nonzero().flatten()
+    count = config.num_validation_images
+    images = []
+    for number in range(count):
+        item = cache[int(rows[number * len(rows) // count])]
+        latents = draw_latents(
+            pipeline,
+            {name: item[name][None] for name in cache.empty},
+            {name: value[None] for name, value in cache.empty.items()},
+            cache.buckets[bucket],
+            seeds=[seed + number],
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+        )
+        images.append(decode_latents(pipeline.vae, latents))
+    save_grid(torch.cat(images), file, columns=min(count, 4))

@@ -5,9 +5,10 @@ from itertools import islice
 import torch
 
 from lintra.diffusion.training.assemble import build_process
-from lintra.diffusion.training.batches import StepSampler, flip_half, step_generator
+from lintra.diffusion.training.batches import BucketSampler, StepSampler, flip_half, step_generator
 from lintra.diffusion.training.config import NoiseConfig
-from lintra.diffusion.training.objective import DDPMObjective, disable_internal_label_dropout
+from lintra.diffusion.training.families import ClassFamily
+from lintra.diffusion.training.objective import Objective, disable_internal_label_dropout
 from tiny_models import inputs, tiny_dit
 
 
@@ -62,12 +63,13 @@ class Spy(torch.nn.Module):
 
 def test_student_and_teacher_see_the_same_input_and_condition():
     weights = {"noise": 1.0, "noise_distillation": 0.5}
-    options = {"class_dropout_prob": 0.5, "null_label": 10}
-    objective = DDPMObjective(build_process(NoiseConfig()), weights, **options)
+    options = {"dropout_prob": 0.5, "unconditional": {"class_labels": torch.tensor(10)}}
+    objective = Objective(ClassFamily({}), build_process(NoiseConfig()), weights, **options)
     student, teacher = Spy(), Spy()
     labels = torch.arange(200) % 10
+    condition = {"class_labels": labels}
     clean = torch.randn(200, 1, 2, 2)
-    objective(student, teacher, clean, labels, step_generator(0, 0, 0))
+    objective(student, teacher, clean, condition, step_generator(0, 0, 0))
     for a, b in zip(student.seen, teacher.seen, strict=True):
         assert torch.equal(a, b)
     dropped = student.seen[2] == 10
@@ -75,7 +77,7 @@ def test_student_and_teacher_see_the_same_input_and_condition():
     assert torch.equal(student.seen[2][~dropped], labels[~dropped])
     first = student.seen
     objective.weights = {"noise": 1.0}
-    objective(student, None, clean, labels, step_generator(0, 0, 0))
+    objective(student, None, clean, condition, step_generator(0, 0, 0))
     assert all(torch.equal(a, b) for a, b in zip(first, student.seen, strict=True))
 
 
@@ -84,3 +86,34 @@ def test_no_block_drops_labels_for_itself():
     disable_internal_label_dropout(model)
     outputs = [model(**inputs()).sample for _ in range(20)]
     assert all(torch.equal(out, outputs[0]) for out in outputs)
+
+
+BUCKETS = torch.tensor([0] * 7 + [1] * 2 + [3] * 6)
+
+
+def take_buckets(count, **changes):
+    options = {"seed": 0, "start": 0, "rank": 0, "num_processes": 1, **changes}
+    return list(islice(BucketSampler(BUCKETS, 2, **options), count))
+
+
+def test_batches_of_buckets_hold_one_size_and_every_item():
+    epochs = take_buckets(16)
+    for batches in (epochs[:8], epochs[8:]):
+        assert all(len(BUCKETS[batch].unique()) == 1 for batch in batches)
+        indices = [index for batch in batches for index in batch]
+        assert set(indices) == set(range(15))
+        assert len(indices) == 16  # one of the seven fills up the last batch of its bucket
+    assert epochs[:8] != epochs[8:]
+    assert take_buckets(8, seed=1) != epochs[:8]
+
+
+def test_buckets_resume_and_are_shared_by_processes():
+    for options in ({}, {"num_processes": 2}):
+        assert take_buckets(30, **options)[17:] == take_buckets(13, start=17, **options)
+    parts = [take_buckets(10, rank=rank, num_processes=2) for rank in range(2)]
+    for first, second in zip(*parts, strict=True):
+        assert len(BUCKETS[[*first, *second]].unique()) == 1
+    # 2 + 1 + 2 global batches of four an epoch; the smallest bucket repeats its two items.
+    seen = [index for part in parts for batch in part[:5] for index in batch]
+    assert set(seen) == set(range(15))
+    assert len(seen) == 20

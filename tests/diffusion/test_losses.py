@@ -148,7 +148,8 @@ def test_vlb_trains_only_the_variance():
 def test_half_outputs_are_compared_in_float32():
     p = random_predictions()
     half = Predictions(**{**vars(p), "student": p.student.detach().half()})
-    assert all(term.function(half).dtype == torch.float32 for term in LOSS_TERMS.values())
+    terms = [term for term in LOSS_TERMS.values() if term.process == "ddpm"]
+    assert all(term.function(half).dtype == torch.float32 for term in terms)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from lintra.diffusion.training import loop
 from lintra.diffusion.training.checkpoint import reduce_to_weights
 from lintra.diffusion.training.loop import Trainer, TrainingDiverged
 from lintra.diffusion.training.metrics import read_metrics
-from lintra.diffusion.training.objective import DDPMObjective
+from lintra.diffusion.training.objective import Objective
 from tiny_models import tiny_dit, tiny_pipeline, tiny_vae
 from tiny_recipes import DISTILLATION, digits_recipe, distillation_recipe
 
@@ -160,7 +160,7 @@ def _write_yaml(file: Path) -> Path:
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    original = DDPMObjective.__call__
+    original = Objective.__call__
     calls = []
 
     def poisoned(self, *arguments):
@@ -168,7 +168,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
         loss, terms = original(self, *arguments)
         return (loss * float("nan"), terms) if len(calls) == 4 else (loss, terms)
 
-    monkeypatch.setattr(DDPMObjective, "__call__", poisoned)
+    monkeypatch.setattr(Objective, "__call__", poisoned)
     recipe = digits_recipe(tmp_path, checkpoint={"checkpointing_steps": 1})
     with pytest.raises(TrainingDiverged, match=r"loss nan.* step 4; the last good .*checkpoint-3"):
         Trainer(recipe).run()

@@ -52,8 +52,8 @@ def test_an_unknown_command_is_one_clear_line(capsys: pytest.CaptureFixture[str]
     assert cli.main(["destill"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        "lintra: command must be one of distill, train, sample, evaluate, train-backbone, convert,"
-        " bench, demo, got 'destill'"
+        "lintra: command must be one of distill, train, make-cache, memory-plan, sample,"
+        " evaluate, train-backbone, convert, bench, demo, got 'destill'"
     )
 
 
