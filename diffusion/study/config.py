@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,15 @@ from typing import Any
 from ..evaluation import check_feature_space
 from ..losses import needs_teacher
 from ..sampling import SCHEDULERS
-from ..training.config import Recipe, check_field, parse_config, parse_recipe
+from ..training.config import (
+    PIPELINE_AT_STEP,
+    Recipe,
+    check_field,
+    parse_config,
+    parse_recipe,
+)
 
 TEACHER = "teacher"
-# Where `checkpoint.pipeline_steps` puts the model of a step.
-_AT_STEP = "pipeline-{step}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +153,7 @@ class Study:
     def pipeline(self, run: str, step: int) -> Path:
         """Folder of a run's averaged model at `step`."""
         is_last = step == self.steps(run)[-1]
-        return self.folder(run) / ("pipeline" if is_last else _AT_STEP.format(step=step))
+        return self.folder(run) / ("pipeline" if is_last else PIPELINE_AT_STEP.format(step=step))
 
     def donor_step(self, arm: str) -> int:
         return self._step_at(self.arms[arm].donor_length)
@@ -245,8 +249,3 @@ def check_study(study: Study) -> None:
 def parse_study(arguments: Sequence[str], prog: str, description: str) -> Study:
     """Reads `--config study.yaml` and overrides such as `--teacher_steps 6000`."""
     return parse_config(Study, arguments, prog, description)
-
-
-def describe(study: Study) -> str:
-    """The study as JSON, for the record."""
-    return json.dumps(asdict(study), indent=1)

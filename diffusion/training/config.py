@@ -12,6 +12,9 @@ from ..losses import check_loss_weights
 
 T = TypeVar("T")
 
+# Folder of the model that `checkpoint.pipeline_steps` keeps.
+PIPELINE_AT_STEP = "pipeline-{step}"
+
 
 def check_field(condition: bool, name: str, contract: str, value: object) -> None:
     """Raises ValueError "`name` must contract, got value" unless the condition holds."""

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..compilation import compile_blocks
 from .batches import make_loader, step_generator
 from .checkpoint import CheckpointKeeper, list_checkpoints, resolve_checkpoint
-from .config import Recipe
+from .config import PIPELINE_AT_STEP, Recipe
 from .metrics import MetricsFile, Window, plot_losses
 from .optimizers import make_optimizer
 from .signals import StopRequest
@@ -293,7 +293,9 @@ class Trainer:
         if self.is_main:
             with self._averaged_weights():
                 pipeline = self.task.build_pipeline(self.models.student)
-                self.task.save(pipeline, self.output_dir / f"pipeline-{self.step}", {})
+                self.task.save(
+                    pipeline, self.output_dir / PIPELINE_AT_STEP.format(step=self.step), {}
+                )
         self.accelerator.wait_for_everyone()
 
     def _finish(self) -> Path:
