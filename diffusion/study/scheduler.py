@@ -68,10 +68,7 @@ class _Process:
 
 def progress_of(study: Study, run: str) -> str:
     """` at step N of M, R images/s` by the last line of a run's metrics; "" before there is one."""
-    try:
-        rows = read_metrics(study.folder(run) / "metrics.jsonl")
-    except ValueError:  # a line that is just being written
-        rows = []
+    rows = read_metrics(study.folder(run) / "metrics.jsonl")
     if not rows:
         return ""
     step, rate = rows[-1]["step"], rows[-1]["images_per_second"]

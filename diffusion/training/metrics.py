@@ -43,10 +43,14 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file, none if there is no file."""
+    """Rows of a metrics file, none if there is no file.
+
+    A last line without its end is one that is being written, or was when its process was killed.
+    """
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    whole, _, _ = path.read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines() if line.strip()]
 
 
 def plot_losses(runs: dict[str, Path], file: Path) -> None:

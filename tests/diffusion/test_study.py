@@ -1,5 +1,6 @@
 """A study of seconds on digits: recipes of the arms, runs, resuming, report and packing."""
 
+import json
 import os
 import re
 import shutil
@@ -107,7 +108,13 @@ def test_the_report(done: Study) -> None:
 
 def test_progress(done: Study, tmp_path: Path) -> None:
     assert re.fullmatch(r" at step 4 of 4, \d+ images/s", progress_of(done, "hybrid"))
-    assert progress_of(make_study(tmp_path), "hybrid") == ""
+    study = make_study(tmp_path)
+    assert progress_of(study, "hybrid") == ""
+    study.folder("hybrid").mkdir(parents=True)
+    row = {"step": 1, "images_per_second": 2.0}
+    file = study.folder("hybrid") / "metrics.jsonl"
+    file.write_text(json.dumps(row) + "\n" + json.dumps(row)[:9])  # a line in the making
+    assert progress_of(study, "hybrid") == " at step 1 of 4, 2 images/s"
 
 
 def test_nothing_measured_is_no_report(tmp_path: Path) -> None:
