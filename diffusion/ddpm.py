@@ -57,7 +57,8 @@ class DDPMProcess:
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Uniform steps ``(count,)`` int64, on the generator's device."""
-        return torch.randint(self.num_steps, (count,), generator=generator)
+        device = generator.device
+        return torch.randint(self.num_steps, (count,), generator=generator, device=device)
 
     def weighting(self, timestep: Tensor) -> Tensor | None:
         """None: every step counts alike."""

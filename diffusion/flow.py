@@ -61,10 +61,10 @@ class FlowProcess:
         return self
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Levels ``(count,)`` float32, on the generator's device, the CPU."""
+        """Levels ``(count,)`` float32, on the CPU."""
         share = compute_density_for_timestep_sampling(
-            self._scheme, count, **self._density, generator=generator
-        )
+            self._scheme, count, **self._density, device=generator.device, generator=generator
+        ).cpu()
         last = len(self._sigmas) - 1
         return self._sigmas[(share * len(self._sigmas)).long().clamp(0, last)]
 

@@ -1,4 +1,4 @@
-"""What of a teacher's weights a linear student takes (weight inheritance of LiT, 2501.12976)."""
+"""What of a teacher's weights a student takes (weight inheritance of LiT, arXiv:2501.12976)."""
 
 import inspect
 import logging
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
@@ -13,7 +14,7 @@ from .attention.linear import LiTAttention
 
 logger = logging.getLogger(__name__)
 
-# policy -> projections of the linear attention layers that are inherited
+# policy -> beginnings of the names, within a self-attention layer, of what is inherited
 POLICIES: dict[str, tuple[str, ...]] = {
     "all_but_attention": (),  # the paper's, class-conditional
     "with_q": ("to_q",),
@@ -22,6 +23,7 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "with_qkv": ("to_q", "to_k", "to_v"),
     "with_out": ("to_out",),  # text to image
     "with_projections": ("to_q", "to_k", "to_v", "to_out"),
+    "all": ("",),  # the convolution too: to go on with a model, e.g. at a higher resolution
 }
 
 # Configuration in which student and teacher may differ: no inherited tensor depends on it, or (for
@@ -77,6 +79,12 @@ def linear_attention_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, LiTAttention)]
 
 
+def self_attention_names(model: nn.Module) -> list[str]:
+    """Names of the self-attention modules, linear or softmax, of a model of diffusers' blocks."""
+    blocks = [n for n, m in model.named_modules() if isinstance(m, BasicTransformerBlock)]
+    return [f"{name}.attn1" for name in blocks]
+
+
 def student_config(
     cls: type[ModelMixin], teacher: ModelMixin | None, overrides: dict[str, Any]
 ) -> dict[str, Any]:
@@ -98,11 +106,13 @@ def student_config(
     return config | overrides
 
 
-def _check_configs_fit(student: ModelMixin, teacher: ModelMixin) -> None:
+def _check_configs_fit(student: ModelMixin, teacher: ModelMixin, policy: str) -> None:
+    # A student that takes all goes on as the same function, so its attention must be the same.
+    attention = () if policy == "all" else ("linear_", "num_linear_", "conv_")
     differing = [
         f"{key} {student.config[key]} != {value}"
         for key, value in (_TEACHER_DEFAULTS | dict(teacher.config)).items()
-        if not key.startswith(("_", "linear_", "num_linear_", "conv_"))
+        if not key.startswith(("_", *attention))
         and key in student.config
         and key not in _FREE_CONFIG
         and student.config[key] != value
@@ -119,12 +129,13 @@ def inherit_weights(
 ) -> InheritanceReport:
     """Copies the teacher's weights into the student, in place.
 
-    The student's linear attention layers take nothing (``all_but_attention``, the paper's policy)
-    or the projections that `POLICIES` lists; every other tensor, cross-attention included, must be
-    in the teacher with the same shape.
+    The student's self-attention layers take nothing (``all_but_attention``, the paper's policy),
+    the projections that `POLICIES` lists, or all; every other tensor, cross-attention included,
+    must be in the teacher with the same shape. A softmax student is the control of an experiment:
+    it takes all and trains on, or learns its attention anew.
 
     Args:
-        student: a model with linear attention.
+        student: a model of diffusers' transformer blocks, with linear or softmax self-attention.
         teacher: the model it derives from, e.g. a `DiTTransformer2DModel`.
         policy: a key of `POLICIES`.
 
@@ -132,17 +143,17 @@ def inherit_weights(
         What was inherited, initialised and left out, with shapes.
 
     Raises:
-        ValueError: an unknown policy, configurations that do not fit, a student without linear
-            attention, a tensor that the policy asks for but the teacher lacks or has in another
-            shape, a teacher tensor outside the attention that has no place in the student. The
-            student is then unchanged.
+        ValueError: an unknown policy, configurations that do not fit, a student without
+            transformer blocks, a tensor that the policy asks for but the teacher lacks or has in
+            another shape, a teacher tensor outside the attention that has no place in the student.
+            The student is then unchanged.
     """
     if policy not in POLICIES:
         raise ValueError(f"`policy` must be one of {', '.join(POLICIES)}, got {policy!r}")
-    attention = linear_attention_names(student)
+    attention = self_attention_names(student)
     if not attention:
-        raise ValueError(f"`student` must have linear attention, got a {type(student).__name__}")
-    _check_configs_fit(student, teacher)
+        raise ValueError(f"`student` must have transformer blocks, got a {type(student).__name__}")
+    _check_configs_fit(student, teacher, policy)
 
     def layer_of(name: str) -> str | None:
         return next((layer for layer in attention if name.startswith(f"{layer}.")), None)

@@ -86,6 +86,10 @@ def load_transformer(path: str | Path, **kwargs: Any) -> ModelMixin:
     folder = Path(path)
     if (folder / "transformer").is_dir():
         folder = folder / "transformer"
+    elif (folder / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"`path` must have a folder transformer, got a pipeline without one in {folder}"
+        )
     name = _read_json(folder / "config.json", "a transformer folder").get("_class_name")
     if name not in TRANSFORMERS:
         raise ValueError(
@@ -110,7 +114,9 @@ def _absent_components(folder: Path, index: dict[str, Any], given: set[str]) -> 
     """Components that were saved as None; raises if one that was not has no folder."""
     components = {n: v for n, v in index.items() if isinstance(v, list) and len(v) == 2}
     for name, (library, _) in components.items():
-        if library is not None and name not in given and not (folder / name).is_dir():
+        part = folder / name
+        is_there = part.is_dir() and any(part.iterdir())
+        if library is not None and name not in given and not is_there:
             raise FileNotFoundError(
                 f"`path` must have a folder for each component of its pipeline, got none for {name}"
                 f" in {folder}"

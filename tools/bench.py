@@ -122,7 +122,7 @@ def _cases(options: Namespace, settings: "Settings") -> "list[Case]":
         module = import_module(f".benchmark.{OPERATIONS[options.name]}", __package__)
         cases = [module.build(x) for x in options.shape] if options.shape else module.cases(tiny)
     else:
-        from .benchmark import clear, models
+        from .benchmark import clear, lit, models
 
         mode = models.Mode(
             settings.device,
@@ -132,9 +132,10 @@ def _cases(options: Namespace, settings: "Settings") -> "list[Case]":
             tiny=tiny,
         )
         names = MODEL_NAMES if options.name == "models" else (options.name,)
-        one_step = options.name == "clear"
-        shapes = options.shape
-        cases = clear.cases(mode, shapes) if one_step else models.cases(names, mode, shapes)
+        own = {"clear": clear, "lit": lit}
+        cases = models.cases([name for name in names if name not in own], mode, options.shape)
+        for name in names:
+            cases += own[name].cases(mode, options.shape) if name in own else []
     chosen = [case for case in cases if options.only in str(case)]
     if not chosen:
         labels = ", ".join(map(str, cases))

@@ -11,7 +11,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from lintra.diffusion.evaluation import evaluate_images, open_feature_space
+from lintra.diffusion.evaluation import draw_rows, evaluate_images, open_feature_space
 from lintra.diffusion.io import load_pipeline
 from lintra.diffusion.losses import LOSS_TERMS
 from lintra.diffusion.sampling import balanced_labels, sample_images
@@ -87,26 +87,6 @@ def _measure(recipe: Recipe, num_images: int) -> tuple[dict[str, float], Tensor]
     return row, images[: len(source.classes)]
 
 
-def _draw(rows: dict[str, Tensor], file: Path) -> None:
-    """One row of images a model, the same noise in each column."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    columns = max(map(len, rows.values()))
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(columns, len(rows) * 1.15), layout="constrained"
-    )
-    for (title, images), line in zip(rows.items(), axes, strict=True):
-        line[0].set_title(title, loc="left", fontsize=9)
-        for image, axis in zip(images, line, strict=True):
-            axis.imshow(image.permute(1, 2, 0))
-            axis.axis("off")
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-
-
 def format_table(rows: dict[str, dict[str, float]]) -> str:
     """The table as Markdown."""
     lines = [f"| {' | '.join(_COLUMNS)} |", f"|{'---|' * len(_COLUMNS)}"]
@@ -143,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     table = format_table({title: row for title, (row, _) in measured.items()})
     (folder / "table.md").write_text(table + "\n")
-    _draw({title: images for title, (_, images) in measured.items()}, folder / "samples.png")
+    draw_rows({title: images for title, (_, images) in measured.items()}, folder / "samples.png")
     logs = {title: Path(recipe.output_dir) / "metrics.jsonl" for title, recipe in recipes.items()}
     plot_losses(logs, folder / "loss.png")
     print(f"\n{table}\n\n{open_feature_space('digits').description}\nresults: {folder}")

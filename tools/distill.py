@@ -17,7 +17,7 @@ def run_recipe(recipe: Recipe) -> tuple[int, TrainingResult | None]:
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     try:
         trainer = Trainer(recipe)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # diffusers' own errors about files are OSErrors
         print(f"error: {error}", file=sys.stderr)
         return 2, None
     try:

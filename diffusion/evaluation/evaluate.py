@@ -1,6 +1,7 @@
 """Generated images against a data source: class accuracy and Frechet distance."""
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,12 +13,39 @@ from .features import FeatureSpace
 from .frechet import frechet_distance
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What a feature space makes of the real images.
+
+    Attributes:
+        features: ``(N, F)`` float32.
+        accuracy: share of the images whose class the classifier sees.
+    """
+
+    features: Tensor
+    accuracy: float
+
+
+def analyse_reference(
+    source: ImageSource, space: FeatureSpace, class_ids: list[int] | None = None
+) -> Reference:
+    """Looks at all images of `source` once, for many calls of `evaluate_images`.
+
+    Raises:
+        ValueError: classes that the classifier does not know, see `match_classes`.
+    """
+    ids = torch.tensor(match_classes(source.classes, space, class_ids))
+    features, logits = _analyse_source(source, space)
+    return Reference(features, _accuracy(logits[:, ids], source.labels))
+
+
 def evaluate_images(
     images: Tensor,
     labels: Tensor | list[int] | None,
     source: ImageSource,
     space: FeatureSpace,
     class_ids: list[int] | None = None,
+    reference: Reference | None = None,
 ) -> dict[str, Any]:
     """Measures generated images against real ones in one feature space.
 
@@ -29,6 +57,7 @@ def evaluate_images(
         space: features and classifier.
         class_ids: the classifier's class for each class of the source; ``None`` finds them by
             name (or by order, for all 1,000 WordNet ids of ImageNet).
+        reference: of this source and space; ``None`` looks at all of the source's images.
     Returns:
         ``class_accuracy`` (share of images in which the classifier sees the class asked for rather
         than another one of the source's; ``None`` without labels), ``source_accuracy`` (the same
@@ -50,11 +79,18 @@ def evaluate_images(
         labels = _checked_labels(labels, len(images), len(source.classes))
         ids = torch.tensor(match_classes(source.classes, space, class_ids))
     features, logits = space.analyse(images)
-    real_features, real_logits = _analyse_source(source, space)
     accuracy = real_accuracy = None
+    if reference is not None:
+        real_features = reference.features
+    else:
+        real_features, real_logits = _analyse_source(source, space)
     if labels is not None:
         accuracy = _accuracy(logits[:, ids], labels)
-        real_accuracy = _accuracy(real_logits[:, ids], source.labels)
+        real_accuracy = (
+            reference.accuracy
+            if reference is not None
+            else _accuracy(real_logits[:, ids], source.labels)
+        )
     return {
         "class_accuracy": accuracy,
         "source_accuracy": real_accuracy,

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import AttentionMixin
+from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (see models/__init__.py)
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
@@ -29,6 +30,9 @@ class LiTTransformer2DModel(LinearTransformerMixin, AttentionMixin, DiTTransform
         conv_kernel_size: side of the depthwise convolution on the values; 0 leaves it out.
         conv_shared: share its filters across heads.
         time_freq_shift: see `OfficialDiTTransformer2DModel`; the default is that of diffusers.
+        interpolation_scale: divides the positions of the sin-cos table. A model that goes on at
+            twice the `sample_size` keeps the positions it knows with 2 (the table resized); with 1
+            the table is extended beyond them.
     """
 
     @register_to_config
@@ -56,6 +60,7 @@ class LiTTransformer2DModel(LinearTransformerMixin, AttentionMixin, DiTTransform
         conv_kernel_size: int = 5,
         conv_shared: bool = True,
         time_freq_shift: float = DIFFUSERS_TIME_FREQ_SHIFT,
+        interpolation_scale: float = 1.0,
     ):
         super().__init__(
             num_attention_heads=num_attention_heads,
@@ -75,6 +80,17 @@ class LiTTransformer2DModel(LinearTransformerMixin, AttentionMixin, DiTTransform
             norm_elementwise_affine=norm_elementwise_affine,
             norm_eps=norm_eps,
         )
+        if not interpolation_scale > 0:
+            raise ValueError(f"`interpolation_scale` must be positive, got {interpolation_scale}")
+        if interpolation_scale != 1:
+            self.pos_embed = PatchEmbed(
+                height=sample_size,
+                width=sample_size,
+                patch_size=patch_size,
+                in_channels=in_channels,
+                embed_dim=self.inner_dim,
+                interpolation_scale=interpolation_scale,
+            )
         install_linear_attention(
             self.transformer_blocks,
             self.inner_dim,

@@ -66,36 +66,48 @@ def check_noise_schedule(noise: NoiseConfig, teacher: DiffusionPipeline) -> None
             )
 
 
-def _build_student(recipe: Recipe, teacher: DiTTransformer2DModel | None) -> DiTTransformer2DModel:
+def _load_pretrained(name: str, path: str | None, noise: NoiseConfig) -> DiTPipeline | None:
+    """The pipeline of the recipe's field `name`, whose schedule must be the recipe's."""
+    if path is None:
+        return None
+    pipeline = load_pipeline(path)
+    if not isinstance(pipeline, DiTPipeline):
+        raise ValueError(f"`{name}` must be a DiTPipeline, got a {type(pipeline).__name__}")
+    for part in ("transformer", "scheduler"):
+        if getattr(pipeline, part) is None:
+            raise ValueError(f"`{name}` must have a {part}, got none in {path}")
+    check_noise_schedule(noise, pipeline)
+    return pipeline
+
+
+def _build_student(
+    recipe: Recipe, teacher: DiTTransformer2DModel | None, donor: DiTTransformer2DModel | None
+) -> DiTTransformer2DModel:
     model = recipe.model
     cls = STUDENTS[model.kind]
-    if model.kind == "dit" and isinstance(teacher, OfficialDiTTransformer2DModel):
+    if model.kind == "dit" and isinstance(donor, OfficialDiTTransformer2DModel):
         cls = OfficialDiTTransformer2DModel
-    if teacher is None:
-        student = cls(**student_config(cls, None, model.config))
-        initialize_dit(student)
-        return student
-    student = cls(**student_config(cls, teacher, model.config))
-    if student.config.sample_size != teacher.config.sample_size:
+    student = cls(**student_config(cls, donor, model.config))
+    if teacher is not None and student.config.sample_size != teacher.config.sample_size:
         raise ValueError(
             f"`model.config.sample_size` must be the teacher's {teacher.config.sample_size},"
             f" got {student.config.sample_size}"
         )
-    if model.inherit == "none":
+    if donor is None or model.inherit == "none":
         initialize_dit(student)
     else:
-        inherit_weights(student, teacher, model.inherit)
+        inherit_weights(student, donor, model.inherit)
     return student
 
 
-def _build_vae(recipe: Recipe, teacher: DiTPipeline | None, channels: int) -> ModelMixin:
+def _build_vae(recipe: Recipe, source: DiTPipeline | None, channels: int) -> ModelMixin:
     if recipe.model.vae is not None:
         return AutoencoderKL.from_pretrained(recipe.model.vae)
-    if teacher is None:
+    if source is None:
         return PixelAutoencoder(in_channels=channels)
-    if teacher.vae is None:
+    if source.vae is None:
         raise ValueError("`model.vae` must be given for a teacher without an autoencoder, got None")
-    return teacher.vae
+    return source.vae
 
 
 def build_models(recipe: Recipe, classes: list[str]) -> Models:
@@ -104,19 +116,15 @@ def build_models(recipe: Recipe, classes: list[str]) -> Models:
     Raises:
         ValueError: models that do not fit each other, the data's classes or the loss terms.
     """
-    source = recipe.model.pretrained_teacher_model
-    pipeline = None if source is None else load_pipeline(source)
-    teacher = None
-    if pipeline is not None:
-        if not isinstance(pipeline, DiTPipeline):
-            raise ValueError(
-                "`model.pretrained_teacher_model` must be a DiTPipeline, got a"
-                f" {type(pipeline).__name__}"
-            )
-        check_noise_schedule(recipe.noise, pipeline)
-        teacher = pipeline.transformer
+    names = ("pretrained_teacher_model", "pretrained_donor_model")
+    taught_by, given_by = (
+        _load_pretrained(f"model.{name}", getattr(recipe.model, name), recipe.noise)
+        for name in names
+    )
+    teacher = None if taught_by is None else taught_by.transformer
+    source = taught_by if given_by is None else given_by
     torch.manual_seed(recipe.seed)
-    student = _build_student(recipe, teacher)
+    student = _build_student(recipe, teacher, None if source is None else source.transformer)
     if recipe.model.pretrained_model_name_or_path is not None:
         start_from(student, recipe.model.pretrained_model_name_or_path)
     if recipe.model.trainable not in (None, "all"):
@@ -129,10 +137,12 @@ def build_models(recipe: Recipe, classes: list[str]) -> Models:
             f"`model.config.num_embeds_ada_norm` must be at least the {len(classes)} classes of the"
             f" data, got {student.config.num_embeds_ada_norm}"
         )
+    encoded_by = given_by if taught_by is None else taught_by
+    vae = _build_vae(recipe, encoded_by, student.config.in_channels)
     models = Models(
         student=student.train(),
         teacher=teacher if needs_teacher(recipe.loss) else None,
-        vae=_build_vae(recipe, pipeline, student.config.in_channels).eval().requires_grad_(False),
+        vae=vae.eval().requires_grad_(False),
         id2label=dict(enumerate(classes)),
     )
     check_loss_weights(

@@ -1,6 +1,7 @@
 """Batches that depend on seed and step alone, so that a resumed run sees the same ones."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,12 +9,15 @@ from torch.utils.data import DataLoader, Sampler
 
 from .images import ImageSource
 from .latent_cache import LatentCache
+from .memory import InMemoryImages
 from .prompt_cache import PromptCache
 
 
-def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
+def step_generator(
+    seed: int, step: int, rank: int, device: torch.device | str = "cpu"
+) -> torch.Generator:
     """Generator of all random draws of one micro-step on one process."""
-    generator = torch.Generator()
+    generator = torch.Generator(device)
     # Distinct for every (seed, step, rank): Python's hash of a tuple of ints is deterministic.
     return generator.manual_seed(hash((seed, step, rank)) & (2**63 - 1))
 
@@ -111,7 +115,7 @@ class BucketSampler(Sampler[list[int]]):
 
 
 def make_loader(
-    dataset: ImageSource | LatentCache | PromptCache,
+    dataset: ImageSource | LatentCache | InMemoryImages | PromptCache,
     batch_size: int,
     *,
     seed: int,
@@ -119,7 +123,7 @@ def make_loader(
     rank: int,
     num_processes: int,
     num_workers: int,
-) -> DataLoader:
+) -> Iterable[dict[str, Any]]:
     """Loader of the batches from micro-step `start` on; those of a prompt cache have one size."""
     place = {"seed": seed, "start": start, "rank": rank, "num_processes": num_processes}
     sampler: Sampler[list[int]]
@@ -127,6 +131,8 @@ def make_loader(
         sampler = BucketSampler(dataset.bucket_of, batch_size, **place)
     else:
         sampler = StepSampler(len(dataset), batch_size, **place)
+    if isinstance(dataset, InMemoryImages):
+        return dataset.batches(sampler)
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -138,5 +144,5 @@ def make_loader(
 
 def flip_half(images: Tensor, generator: torch.Generator) -> Tensor:
     """Mirrors each image (B, C, H, W) with probability one half."""
-    flip = torch.rand(len(images), generator=generator) < 0.5
+    flip = torch.rand(len(images), generator=generator, device=generator.device) < 0.5
     return torch.where(flip.view(-1, 1, 1, 1).to(images.device), images.flip(-1), images)

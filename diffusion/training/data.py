@@ -12,6 +12,7 @@ from .config import Recipe
 from .families import Condition
 from .images import ImageSource
 from .latent_cache import LatentCache, build_latent_cache, scaled_posterior, weights_fingerprint
+from .memory import InMemoryImages
 from .prompt_cache import EMBEDDINGS, PromptCache
 from .shards import INDEX_NAME
 
@@ -50,7 +51,9 @@ class TrainingData:
         self.vae = models.vae
         self.random_flip = recipe.data.random_flip
         self.device = accelerator.device
-        self.dataset: ImageSource | LatentCache = images
+        self.dataset: ImageSource | LatentCache | InMemoryImages = images
+        if recipe.data.in_memory:
+            self.dataset = InMemoryImages(images, self.device)
         folder = recipe.data.latent_cache
         if folder is None:
             return
@@ -91,8 +94,8 @@ class TrainingData:
         if "mean" in batch:
             return draw_latent(batch, generator, self.device), condition
         mean, std = self._encode(batch["image"], generator)
-        noise = torch.randn(mean.shape, generator=generator).to(self.device)
-        return mean + std * noise, condition
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device)
+        return mean + std * noise.to(self.device), condition
 
     def _encode(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         pixels = images.to(self.device, non_blocking=True).float() / 127.5 - 1
@@ -109,7 +112,8 @@ def draw_latent(
     Without `std`, which a cache of drawn latents lacks, the mean is the latent.
     """
     rows, views = batch["mean"].shape[:2]
-    index = torch.arange(rows), torch.randint(views, (rows,), generator=generator)
+    chosen = torch.randint(views, (rows,), generator=generator, device=generator.device)
+    index = torch.arange(rows), chosen.cpu()
     mean = batch["mean"][index].to(device, non_blocking=True)
     if "std" not in batch:
         return mean

@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,19 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
-from tqdm import tqdm
 
 from .npz_images import NpzArrays, PackedNpz, read_npz
+from .verification import verify_files
 
 logger = logging.getLogger(__name__)
+
+# files, resolution -> whether each can be read
+Verify = Callable[[Sequence[Path], int], list[bool]]
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 SPLITS = ("all", "train", "test")
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 NUM_HELD_OUT_DIGITS = 297
-_VERIFY_CHUNK = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,13 +140,19 @@ class FolderImages(ImageSource):
 
     Every file is decoded once here, so that a truncated one cannot stop a long training.
 
+    Args:
+        path: the folder.
+        image_format: size and channels of the images given.
+        verify: tells which of the files can be read at this resolution.
     Attributes:
         broken: files that cannot be decoded; they are named in one warning and left out.
     Raises:
         ValueError: no class folder, or no readable image.
     """
 
-    def __init__(self, path: Path, image_format: ImageFormat) -> None:
+    def __init__(
+        self, path: Path, image_format: ImageFormat, verify: Verify = verify_files
+    ) -> None:
         if not path.is_dir():
             raise ValueError(f"`path` must be an existing folder of images, got {path}")
         folders = find_classes(path)[0] if any(p.is_dir() for p in path.iterdir()) else []
@@ -154,7 +162,7 @@ class FolderImages(ImageSource):
             raise ValueError(f"`path` must hold one sub-folder per class, got {path} with none")
         class_to_idx = {name: label for label, name in enumerate(classes)}
         found = make_dataset(path, class_to_idx, IMAGE_EXTENSIONS, allow_empty=True)
-        readable = _verify([Path(file) for file, _ in found], image_format.resolution)
+        readable = verify([Path(file) for file, _ in found], image_format.resolution)
         self.broken = [Path(file) for (file, _), ok in zip(found, readable, strict=True) if not ok]
         kept = [item for item, ok in zip(found, readable, strict=True) if ok]
         if self.broken:
@@ -202,6 +210,7 @@ def open_images(
     center_crop: bool = True,
     interpolation: str = "bicubic",
     split: str = "all",
+    verify: Verify = verify_files,
 ) -> ImageSource:
     """Opens an image source by its name in a recipe.
 
@@ -213,6 +222,7 @@ def open_images(
         center_crop: resize the short side and crop the middle; otherwise squash to a square.
         interpolation: nearest, bilinear or bicubic.
         split: all, train or test; only digits has the last two.
+        verify: which files of an imagefolder can be read; decodes them all unless given.
     Raises:
         ValueError: unknown name, missing path, or a path that holds no such data.
     """
@@ -234,10 +244,12 @@ def open_images(
         raise ValueError(f"`split` must be 'all' for source {source!r}, got {split!r}")
     if path is None:
         raise ValueError(f"`path` must be given for source {source!r}, got None")
-    return SOURCES[source](Path(path), image_format)
+    if source == "imagefolder":
+        return FolderImages(Path(path), image_format, verify)
+    return NpzImages(Path(path), image_format)
 
 
-SOURCES = {"digits": DigitsImages, "imagefolder": FolderImages, "npz": NpzImages}
+SOURCES = ("digits", "imagefolder", "npz")
 
 
 def to_grey(image: Tensor) -> Tensor:
@@ -252,28 +264,3 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         # Pillow clips 16-bit grey to white instead of scaling it.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
-
-
-def _is_readable(file: Path, resolution: int) -> bool:
-    try:
-        with Image.open(file) as image:
-            # JPEG only: decodes at reduced scale, several times faster, yet reads every byte.
-            image.draft("RGB", (resolution, resolution))
-            image.load()
-    except Exception:
-        # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and their own.
-        return False
-    return True
-
-
-def _verify(files: list[Path], resolution: int) -> list[bool]:
-    readable: list[bool] = []
-    bar = tqdm(total=len(files), desc="checking images", unit="img", leave=False, disable=None)
-    # Pillow decodes outside the interpreter lock; the chunks bound the number of futures.
-    with ThreadPoolExecutor() as pool, bar:
-        for start in range(0, len(files), _VERIFY_CHUNK):
-            chunk = files[start : start + _VERIFY_CHUNK]
-            for ok in pool.map(_is_readable, chunk, [resolution] * len(chunk)):
-                readable.append(ok)
-                bar.update()
-    return readable

@@ -16,9 +16,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm import tqdm
 
+from ..compilation import compile_blocks
 from .batches import make_loader, step_generator
 from .checkpoint import CheckpointKeeper, list_checkpoints, resolve_checkpoint
-from .config import Recipe
+from .config import PIPELINE_AT_STEP, Recipe
 from .metrics import MetricsFile, Window, plot_losses
 from .optimizers import make_optimizer
 from .signals import StopRequest
@@ -76,6 +77,11 @@ class Trainer:
         self.is_sharded = kind in (DistributedType.FSDP, DistributedType.DEEPSPEED)
         if self.is_sharded and recipe.ema.use_ema:
             raise ValueError("`ema.use_ema` must be false where parameters are sharded, got true")
+        if self.is_sharded and recipe.checkpoint.pipeline_steps:
+            raise ValueError(
+                "`checkpoint.pipeline_steps` must be empty where parameters are sharded, got"
+                f" {recipe.checkpoint.pipeline_steps}"
+            )
         if kind == DistributedType.FSDP and recipe.model.trainable == "lora":
             raise ValueError("`model.trainable` must not be lora under FSDP, got 'lora'")
         if kind == DistributedType.DEEPSPEED:
@@ -86,6 +92,11 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
         self.task = make_task(recipe, self.accelerator)
         self.models = self.task.models
+        if recipe.checkpoint.pipeline_steps and not trains_all(self.models.student):
+            raise ValueError(
+                "`checkpoint.pipeline_steps` must be empty unless all weights are trained, got"
+                f" {recipe.checkpoint.pipeline_steps}"
+            )
         self._prepare_student()
         self.keeper = CheckpointKeeper(self.accelerator, self.output_dir, recipe.checkpoint)
         self.step = 0 if resume_from is None else self.keeper.load(resume_from)
@@ -95,10 +106,14 @@ class Trainer:
         if config.gradient_checkpointing:
             student.enable_gradient_checkpointing()
         student.to(self.accelerator.device)
+        for model in (student, self.models.teacher) if config.compile_blocks else ():
+            if model is not None:
+                compile_blocks(model, dynamic=False)
         self.trained = [value for value in student.parameters() if value.requires_grad]
         self.ema: EMAModel | None = None
         if self.recipe.ema.use_ema:
-            self.ema = EMAModel(self.trained, decay=self.recipe.ema.ema_decay)
+            # foreach: two launches for all parameters instead of two for each.
+            self.ema = EMAModel(self.trained, decay=self.recipe.ema.ema_decay, foreach=True)
             self.accelerator.register_for_checkpointing(self.ema)
         optimizer = make_optimizer(self.trained, config)
         self.model, self.optimizer = self.accelerator.prepare(student, optimizer)
@@ -122,6 +137,7 @@ class Trainer:
         self.metrics: MetricsFile | None = None
         if self.is_main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            self.task.begin()
             self.metrics = MetricsFile(self.output_dir / "metrics.jsonl", self.step)
         if self.recipe.logging.report_to is not None:
             training = asdict(self.recipe.training)
@@ -171,6 +187,8 @@ class Trainer:
                 window = Window()
             if is_saving:
                 self.keeper.save(self.step)
+            if self.step in recipe.checkpoint.pipeline_steps:
+                self._keep_pipeline()
             if self._is_due(recipe.validation.validation_steps) and not is_last:
                 self._validate()
         if window.micro_steps:
@@ -189,7 +207,13 @@ class Trainer:
         return stop.signum is not None
 
     def _micro_step(self, batch: dict[str, Tensor], index: int, window: Window) -> None:
-        generator = step_generator(self.recipe.seed, index, self.accelerator.process_index)
+        on_device = self.recipe.training.noise_on_device
+        generator = step_generator(
+            self.recipe.seed,
+            index,
+            self.accelerator.process_index,
+            self.accelerator.device if on_device else "cpu",
+        )
         clean, condition = self.task.data.prepare(batch, generator)
         with self.accelerator.accumulate(self.model):
             with self.accelerator.autocast():
@@ -263,6 +287,16 @@ class Trainer:
         with self._averaged_weights():
             pipeline = self.task.build_pipeline(self.models.student)
             self._sample_grid(pipeline, f"step-{self.step:07d}")
+
+    def _keep_pipeline(self) -> None:
+        """Saves the averaged model of this step beside the run's other results."""
+        if self.is_main:
+            with self._averaged_weights():
+                pipeline = self.task.build_pipeline(self.models.student)
+                self.task.save(
+                    pipeline, self.output_dir / PIPELINE_AT_STEP.format(step=self.step), {}
+                )
+        self.accelerator.wait_for_everyone()
 
     def _finish(self) -> Path:
         """Saves the pipeline with the averaged weights, a last grid and the loss plot."""

@@ -43,10 +43,14 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file, none if there is no file."""
+    """Rows of a metrics file, none if there is no file.
+
+    A last line without its end is one that is being written, or was when its process was killed.
+    """
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    whole, _, _ = path.read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines() if line.strip()]
 
 
 def plot_losses(runs: dict[str, Path], file: Path) -> None:
@@ -72,9 +76,13 @@ def plot_losses(runs: dict[str, Path], file: Path) -> None:
         for title, run in rows.items():
             points = [(row["step"], row[name]) for row in run if name in row]
             if points:
-                axis.plot(*zip(*points, strict=True), label=title)
+                color = f"C{list(rows).index(title)}"
+                axis.plot(*zip(*points, strict=True), label=title, color=color, linewidth=1)
         axis.set(title=name, xlabel="step", yscale="log")
-        if len(runs) > 1:
-            axis.legend(fontsize=8)
+    if len(runs) > 1:
+        handles = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}
+        figure.legend(
+            handles.values(), handles.keys(), fontsize=8, loc="outside lower center", ncols=5
+        )
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -83,12 +83,13 @@ class Objective:
             teacher: called alike without gradient; None if no term needs it.
             clean: latents or images x_0, ``(B, C, H, W)`` float32.
             condition: tensors with a row a sample.
-            generator: on the CPU, so that every device draws the same numbers.
+            generator: of all draws; one on the CPU draws the same numbers for every device.
         """
-        device, count = clean.device, len(clean)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
+        device, count, drawing = clean.device, len(clean), generator.device
+        noise = torch.randn(clean.shape, generator=generator, device=drawing).to(device)
         timestep = self.process.draw(count, generator)
-        dropped = torch.rand((count,), generator=generator) < self.dropout_prob
+        chance = torch.rand((count,), generator=generator, device=drawing)
+        dropped = chance < self.dropout_prob
         timestep = timestep.to(device)
         condition = self._drop(condition, dropped.to(device))
         noised = self.process.add_noise(clean, noise, timestep)

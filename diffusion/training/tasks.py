@@ -24,6 +24,7 @@ from .objective import Objective
 from .prompt_cache import PromptCache
 from .text_pipelines import TEXT_PIPELINES, encoder_fingerprints
 from .validation import validate, validate_prompts
+from .verification import SharedVerifier
 
 _HALF_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -37,6 +38,10 @@ class Task(Protocol):
     @property
     def data(self) -> TrainingData | PromptData:
         """The data set, and what makes its batches latents and conditions."""
+        ...
+
+    def begin(self) -> None:
+        """The main process calls this when training starts: files may be written from now on."""
         ...
 
     def build_pipeline(self, transformer: ModelMixin) -> DiffusionPipeline:
@@ -58,6 +63,11 @@ class ClassTask:
     def __init__(self, recipe: Recipe, accelerator: Accelerator):
         self.recipe = recipe
         data = recipe.data
+        beside = Path(recipe.output_dir) / "images"
+        if data.latent_cache is not None:
+            beside = Path(data.latent_cache)
+        file = beside.with_name(f"{beside.name}.verified.json")
+        self.verifier = SharedVerifier(accelerator, file)
         images = open_images(
             data.source,
             path=data.path,
@@ -66,6 +76,7 @@ class ClassTask:
             center_crop=data.center_crop,
             interpolation=data.image_interpolation_mode,
             split=data.split,
+            verify=self.verifier,
         )
         self.num_classes = len(images.classes)
         self.models = build_models(recipe, images.classes)
@@ -84,6 +95,9 @@ class ClassTask:
             dropout_prob=recipe.training.class_dropout_prob,
             unconditional={"class_labels": torch.tensor(config.num_embeds_ada_norm)},
         )
+
+    def begin(self) -> None:
+        self.verifier.save()
 
     def build_pipeline(self, transformer: ModelMixin) -> DiffusionPipeline:
         return build_pipeline(transformer, self.models, self.recipe.noise)
@@ -165,6 +179,9 @@ class TextTask:
             unconditional={name: value.to(device) for name, value in cache.empty.items()},
             attention=attention,
         )
+
+    def begin(self) -> None:
+        """Nothing is written before the first checkpoint."""
 
     def build_pipeline(self, transformer: ModelMixin) -> DiffusionPipeline:
         return with_transformer(self.pipeline, transformer)

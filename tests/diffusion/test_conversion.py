@@ -186,7 +186,7 @@ def test_what_does_not_fit(tmp_path, vae):
     refuse("`to` must be one of dit, lit, got 'sit'", to="sit")
     refuse(r"`to` must be lit to change .* \['num_linear_heads'\]", num_linear_heads=2)
     refuse(r"`overrides` must be arguments of LiT.*\['heads'\]", to="lit", heads=2)
-    refuse("`policy` must be one of all_but_attention, .* got 'all'", to="lit", policy="all")
+    refuse("`policy` must be one of all_but_attention, .* got 'any'", to="lit", policy="any")
     refuse("`vae` must be the folder of an AutoencoderKL, got '.*none'", vae=tmp_path / "none")
     other = tiny_vae().config | {"latent_channels": 8}
     type(tiny_vae()).from_config(other).save_pretrained(tmp_path / "vae8")

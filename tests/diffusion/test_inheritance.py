@@ -7,13 +7,14 @@ from diffusers import PixArtTransformer2DModel
 from lintra.diffusion import (
     LiTTransformer2DModel,
     OfficialDiTTransformer2DModel,
+    PixelAutoencoder,
     inherit_weights,
 )
 from lintra.diffusion.inheritance import POLICIES
-from tiny_models import TINY, inputs, tiny_dit, tiny_lit
+from tiny_models import TINY, inputs, randomize, tiny_dit, tiny_lit
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "all"])
 def test_report_tells_what_happened(policy):
     dit, lit = tiny_dit(), tiny_lit()
     before = {name: tensor.clone() for name, tensor in lit.state_dict().items()}
@@ -65,15 +66,46 @@ def test_the_student_may_have_another_sample_size():
     assert LiTTransformer2DModel.from_teacher(tiny_dit(), sample_size=16).config.sample_size == 16
 
 
+def test_a_softmax_student_is_a_control():
+    teacher, student = tiny_dit(), randomize(tiny_dit(), seed=1)
+    report = inherit_weights(student, teacher, "all")
+    assert not report.initialized
+    assert not report.left_out
+    assert torch.equal(student(**inputs()).sample, teacher(**inputs()).sample)
+    report = inherit_weights(randomize(student, seed=1), teacher)
+    assert all(".attn1." in name for name in report.initialized)
+    assert "transformer_blocks.0.attn1.to_q.weight" in report.initialized
+    assert student.proj_out_2.weight.equal(teacher.proj_out_2.weight)
+
+
+def test_a_lit_goes_on_at_another_resolution():
+    """With its table resized a model of 8 x 8 latents sees 16 x 16 ones at positions it knows."""
+    small = tiny_lit()
+    large = LiTTransformer2DModel.from_teacher(small, "all", sample_size=16, interpolation_scale=2)
+    assert large.config.interpolation_scale == 2
+    assert torch.equal(large(**inputs(16, 16)).sample, small(**inputs(16, 16)).sample)
+    extended = LiTTransformer2DModel.from_teacher(small, "all", sample_size=16)
+    table = extended.pos_embed.pos_embed.unflatten(1, (8, 8))
+    torch.testing.assert_close(table[:, :4, :4].flatten(1, 2), small.pos_embed.pos_embed)
+    resized = large.pos_embed.pos_embed.unflatten(1, (8, 8))
+    torch.testing.assert_close(resized[:, ::2, ::2].flatten(1, 2), small.pos_embed.pos_embed)
+    with pytest.raises(ValueError, match="`interpolation_scale` must be positive, got 0"):
+        tiny_lit(interpolation_scale=0)
+
+
 def test_errors_leave_the_student_alone():
     lit = tiny_lit()
     before = {name: tensor.clone() for name, tensor in lit.state_dict().items()}
-    with pytest.raises(ValueError, match="`policy` must be one of all_but_attention, .* got 'all'"):
+    with pytest.raises(ValueError, match="`policy` must be one of all_but_attention, .* got 'any'"):
+        inherit_weights(lit, tiny_dit(), "any")
+    with pytest.raises(ValueError, match="the teacher lacks transformer_blocks.0.attn1.dwc"):
         inherit_weights(lit, tiny_dit(), "all")
+    with pytest.raises(ValueError, match="`teacher` must fit the student, .* num_linear_heads 2 "):
+        inherit_weights(tiny_lit(num_linear_heads=2), lit, "all")
     with pytest.raises(ValueError, match="`teacher` must fit the student, .* num_layers 2 != 3"):
         inherit_weights(lit, tiny_dit(num_layers=3))
-    with pytest.raises(ValueError, match="`student` must have linear attention, got a DiTTransf"):
-        inherit_weights(tiny_dit(), tiny_dit())
+    with pytest.raises(ValueError, match="`student` must have transformer blocks, got a PixelAuto"):
+        inherit_weights(PixelAutoencoder(), tiny_dit())
     broken = tiny_dit()
     broken.proj_out_2 = torch.nn.Linear(32, 16)
     with pytest.raises(

@@ -1,6 +1,7 @@
 """Saved pipelines that hold our models: they open again, the same, or say why not."""
 
 import json
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -19,7 +20,10 @@ from lintra.diffusion import (
 )
 from lintra.diffusion.io import save_pipeline
 from lintra.diffusion.sampling import sample_images
+from lintra.diffusion.training.assemble import build_models
 from tiny_models import pixel_pipeline, tiny_dit, tiny_lit, tiny_pipeline
+from tiny_pixart import sigma_pipeline, tiny_pixart
+from tiny_recipes import distillation_recipe
 
 REOPEN = """
 import sys, torch
@@ -151,3 +155,31 @@ def test_other_schedulers(scheduler):
     pipeline = pixel_pipeline(tiny_lit(in_channels=1, out_channels=2))
     images = sample_images(pipeline, [3], num_inference_steps=3, scheduler=scheduler)
     assert images.shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("is_empty", [False, True], ids=["no folder", "empty folder"])
+def test_a_pixart_folder_without_a_transformer(tmp_path, is_empty):
+    sigma_pipeline(tiny_pixart()).save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "transformer")
+    with pytest.raises(FileNotFoundError, match="must have a folder transformer, got a pipeline"):
+        load_transformer(tmp_path)
+    if is_empty:
+        (tmp_path / "transformer").mkdir()
+    with pytest.raises(FileNotFoundError, match="`path` must have a folder .* none for transfor"):
+        load_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["scheduler", "transformer"])
+def test_a_teacher_that_was_saved_without_a_part(tmp_path, part):
+    pixel_pipeline(tiny_dit(in_channels=1, out_channels=2)).save_pretrained(tmp_path / "teacher")
+    shutil.rmtree(tmp_path / "teacher" / part)
+    recipe = distillation_recipe(tmp_path / "run", tmp_path / "teacher")
+    with pytest.raises(FileNotFoundError, match=f"`path` must have a folder .* none for {part}"):
+        build_models(recipe, ["a"])
+    file = tmp_path / "teacher" / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {part: [None, None]}))
+    with pytest.raises(
+        ValueError, match=f"model.pretrained_teacher_model` must have a {part}, got"
+    ):
+        build_models(recipe, ["a"])
+    assert not (tmp_path / "run").exists()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lintra.diffusion import assert_linear, load_pipeline, load_transformer
+from lintra.diffusion.compilation import compile_blocks
+from lintra.diffusion.training import loop
+from lintra.diffusion.training.checkpoint import reduce_to_weights
 from lintra.diffusion.training.loop import Trainer, TrainingDiverged
 from lintra.diffusion.training.metrics import read_metrics
 from lintra.diffusion.training.objective import Objective
@@ -234,6 +238,69 @@ def test_latent_space(latent_teacher, photographs, cached, tmp_path):
             )
 
 
+def test_models_of_earlier_steps_become_donors(teacher, tmp_path):
+    """The donor's age: a student inherits from one pipeline and learns from another."""
+    folder = tmp_path / "teacher"
+    checkpoint = {"pipeline_steps": [2, 4]}
+    recipe = digits_recipe(folder, checkpoint=checkpoint, ema={"use_ema": False})
+    final = Trainer(recipe).run().pipeline
+    two = weights(folder / "pipeline-2")
+    assert not torch.equal(two["proj_out_2.weight"], weights(final)["proj_out_2.weight"])
+    model = {"pretrained_donor_model": str(folder / "pipeline-2")}
+    trainer = Trainer(distillation_recipe(tmp_path / "student", teacher, model=model))
+    student, taught_by = trainer.models.student, trainer.models.teacher
+    assert student.proj_out_2.weight.equal(two["proj_out_2.weight"])
+    assert taught_by.proj_out_2.weight.equal(weights(teacher)["proj_out_2.weight"])
+    alone = {"pretrained_teacher_model": None, "kind": "dit", "inherit": "all", "config": {}}
+    recipe = digits_recipe(tmp_path / "control", model=model | alone)
+    control = Trainer(recipe).models.student
+    assert all(torch.equal(two[name], tensor) for name, tensor in control.state_dict().items())
+
+
+def test_a_lit_continues_at_twice_the_resolution(teacher, tmp_path):
+    small = Trainer(distillation_recipe(tmp_path / "small", teacher)).run().pipeline
+    model = {"pretrained_teacher_model": None, "pretrained_donor_model": str(small)}
+    model |= {"kind": "lit", "inherit": "all", "config": {"sample_size": 16}}
+    model["config"] |= {"interpolation_scale": 2.0}
+    recipe = digits_recipe(tmp_path / "large", model=model, data={"resolution": 16})
+    trainer = Trainer(recipe)
+    student = trainer.models.student
+    assert all(torch.equal(weights(small)[n], tensor) for n, tensor in student.state_dict().items())
+    pipeline = load_pipeline(trainer.run().pipeline)
+    assert pipeline.transformer.config.sample_size == 16
+    assert pipeline.transformer.pos_embed.interpolation_scale == 2.0
+    model["pretrained_teacher_model"] = str(teacher)
+    recipe = digits_recipe(tmp_path / "never", model=model, data={"resolution": 16})
+    _fails(recipe, "sample_size` must be the teacher's 8, got 16")
+
+
+def test_images_in_memory_and_noise_on_the_device_change_nothing_on_a_cpu(tmp_path):
+    flips = {"random_flip": True}
+    Trainer(digits_recipe(tmp_path / "plain", data=flips)).run()
+    fast = {"data": {**flips, "in_memory": True}, "training": {"noise_on_device": True}}
+    Trainer(digits_recipe(tmp_path / "fast", **fast)).run()
+    assert losses(tmp_path / "plain") == losses(tmp_path / "fast")
+    with pytest.raises(ValueError, match="`data.in_memory` must be false with a latent cache"):
+        digits_recipe(tmp_path, data={"in_memory": True, "latent_cache": "x"})
+
+
+def test_a_reduced_checkpoint_resumes_from_the_averaged_weights(tmp_path):
+    steps = {"training": {"max_train_steps": 4}, "checkpoint": {"checkpointing_steps": 4}}
+    averaged = Trainer(digits_recipe(tmp_path / "run", **steps)).run().pipeline
+    whole, reduced = tmp_path / "run" / "checkpoint-4", tmp_path / "carried" / "checkpoint-4"
+    reduce_to_weights(whole, reduced)
+    assert {path.name for path in reduced.iterdir()} == {"transformer", "run.json"}
+    resume = {"checkpoint": {"resume_from_checkpoint": "latest"}}
+    trainer = Trainer(digits_recipe(tmp_path / "carried", **resume))
+    assert trainer.step == 4
+    assert trainer.ema.optimization_step == 4
+    expected = weights(averaged)["proj_out_2.weight"].bfloat16().float()
+    assert trainer.models.student.proj_out_2.weight.equal(expected)
+    assert any(torch.equal(expected, average) for average in trainer.ema.shadow_params)
+    assert trainer.run().step == 6
+    assert [row["step"] for row in losses(tmp_path / "carried")] == [5, 6]
+
+
 def _fails(recipe, message):
     with pytest.raises(ValueError, match=message):
         Trainer(recipe)
@@ -284,3 +351,18 @@ def test_two_processes_train_and_resume(teacher, tmp_path):
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     state = json.loads((tmp_path / "parts" / "checkpoint-4" / "run.json").read_text())
     assert state == {"step": 4, "num_processes": 2}
+
+
+def test_compiled_blocks_train_alike(teacher, tmp_path, monkeypatch):
+    # Inductor takes half a minute to compile on a CPU; what is traced is the same.
+    monkeypatch.setattr(loop, "compile_blocks", partial(compile_blocks, backend="eager"))
+    training = {"max_train_steps": 2}
+    Trainer(distillation_recipe(tmp_path / "plain", teacher, training=training)).run()
+    training["compile_blocks"] = True
+    recipe = distillation_recipe(tmp_path / "fast", teacher, training=training)
+    pipeline = load_pipeline(Trainer(recipe).run().pipeline)
+    for plain, fast in zip(losses(tmp_path / "plain"), losses(tmp_path / "fast"), strict=True):
+        assert fast == pytest.approx(plain, rel=1e-3)
+    assert set(pipeline.transformer.state_dict()) == set(weights(tmp_path / "plain" / "pipeline"))
+    with pytest.raises(ValueError, match="`model` must have transformer_blocks, got a Linear"):
+        compile_blocks(torch.nn.Linear(1, 1))

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lintra import kernels
 from lintra.tools import bench
-from lintra.tools.benchmark import clear, local_attention, models, report, runner, timing
+from lintra.tools.benchmark import clear, lit, local_attention, models, report, runner, timing
 from lintra.tools.benchmark.accuracy import check
 from lintra.tools.benchmark.case import OURS, Case, Peer, eager
 from lintra.tools.benchmark.local_attention import visible_pairs
@@ -60,6 +61,39 @@ def test_a_model(name: str, training: bool, tmp_path: Path) -> None:
     assert {row["impl"] for row in found} == {OURS, "dit" if name == "lit" else "timm"}
     assert {row["direction"] for row in found} == {"step" if training else "fwd"}
     assert all(float(row["p50"]) > 0 for row in found)
+    assert all(float(row["images_per_second"]) > 0 for row in found)
+
+
+def test_every_size_of_lit_at_every_resolution() -> None:
+    mode = models.Mode(CPU, torch.bfloat16, compile_mode=None)
+    found = {str(case): case for case in lit.cases(mode)}
+    assert len(found) == 16
+    assert found["lit XL 2048px B1 eager"].targets == {("fwd", "dit"): 4.0}
+    assert not found["lit S 256px B32 eager"].targets
+    attention, convolution = found["lit XL 512px B8 eager"].checks
+    assert (attention.shape, convolution.shape) == ("2x1024x4x288", "2x32x32x1152 5x5 residual")
+    training = lit.cases(replace(mode, training=True), [(512, 4)])
+    assert str(training[0]) == "lit S 512px B4 eager"
+    assert {str(target) for case in training for target in case.targets} == {
+        "('step', 'memory of dit')"
+    }
+
+
+def test_a_memory_target() -> None:
+    case = small_case(targets={("step", "memory of x"): 1.0}, directions=("step",), images=4)
+
+    def row(impl: str, mib: float) -> runner.Row:
+        return runner.Row(case, impl, "step", timing.Times(2.0, 2.0, 2.0, 20, mib), floor_ms=0.0)
+
+    (line,) = report.lines_of([row(OURS, 90.0), row("x", 100.0)])
+    assert list(map(str, line.verdicts())) == ["<= 1x memory of x: 0.90 met"]
+    header, cells = report.table([row(OURS, 90.0), row("x", 100.0)])
+    assert dict(zip(header, cells, strict=True))["images/s"] == "2000.0"
+    assert dict(zip(header, cells, strict=True))["x"] == "2.000 (1.00x, 100 MiB)"
+    (line,) = report.lines_of([row(OURS, 110.0), row("x", 100.0)])
+    assert str(line.verdicts()[0]) == "<= 1x memory of x: 1.10 MISSED"
+    (line,) = report.lines_of([row(OURS, 0.0)])
+    assert str(line.verdicts()[0]) == "<= 1x memory of x: not measured"
 
 
 def test_a_step_of_flux(tmp_path: Path) -> None:

@@ -52,8 +52,9 @@ class Case:
         flops: of the forward, 0 where they say nothing.
         is_attention: the flops of `ATTENTION_FACTOR`, at the peak of the GPU, are a floor too.
         targets: by (direction, peer or "floor"): highest multiple of the floor, or lowest speed-up
-            over the peer.
+            over the peer; "memory of PEER": highest multiple of the peer's memory.
         directions: those to measure.
+        images: of one call, for a model; 0 where nobody counts them.
     """
 
     op: str
@@ -70,6 +71,7 @@ class Case:
     is_attention: bool = False
     targets: Mapping[tuple[str, str], float] = field(default_factory=dict)
     directions: tuple[str, ...] = DIRECTIONS
+    images: int = 0
 
     def __str__(self) -> str:
         return " ".join(dict.fromkeys([self.op, self.group, self.shape]))

@@ -14,11 +14,10 @@ from .case import Case, Peer, Run
 # (resolution in pixels, batch, lowest speed-up over the softmax model)
 Sizes = tuple[tuple[int, int, float], ...]
 DEIT_SIZES: Sizes = ((224, 256, 1.0), (1024, 16, 2.0))
-LIT_SIZES: Sizes = ((256, 32, 1.0), (512, 8, 1.1))
 TINY_SIZES: Sizes = ((64, 2, 0.0),)
 _DEIT = "deit_tiny_patch16_224"
 _TIMM = {"inline_deit": "deit_tiny_inline_patch16_224", "slab_deit": "deit_tiny_slab_patch16_224"}
-_FORMS = {"inline_deit": "inline", "slab_deit": "sla", "lit": "sla"}
+_FORMS = {"inline_deit": "inline", "slab_deit": "sla"}
 
 
 @dataclass(frozen=True)
@@ -54,19 +53,7 @@ def _timm_model(name: str, side: int, mode: Mode) -> nn.Module:
     return model if mode.training else fold_norms(model.eval())
 
 
-def _diffusers_model(linear: bool, side: int, mode: Mode) -> nn.Module:
-    from diffusers import DiTTransformer2DModel
-
-    from lintra.diffusion.models.transformer_lit import LiTTransformer2DModel
-
-    # Without more this is DiT-XL/2, or LiT-XL/2, on the latents of an image of this side.
-    config: dict[str, Any] = {"sample_size": side // 8, "out_channels": 8}
-    if mode.tiny:
-        config |= {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
-    return (LiTTransformer2DModel if linear else DiTTransformer2DModel)(**config)
-
-
-def _forward(model: Callable[..., Any], *inputs: Tensor) -> Tensor:
+def forward_of(model: Callable[..., Any], *inputs: Tensor) -> Tensor:
     out = model(*inputs)
     return getattr(out, "sample", out)
 
@@ -75,12 +62,18 @@ def _step(
     model: Callable[..., Any], optimizer: torch.optim.Optimizer, mode: Mode, *inputs: Tensor
 ) -> Tensor:
     with torch.autocast(mode.device.type, dtype=mode.dtype):
-        out = _forward(model, *inputs)
+        out = forward_of(model, *inputs)
     loss = out.float().square().mean()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()
+
+
+def step_of(model: nn.Module, call: Callable[..., Any], mode: Mode) -> Run:
+    """A training step of `model`, whose forward is `call`."""
+    fused = mode.device.type == "cuda"
+    return partial(_step, call, torch.optim.AdamW(model.parameters(), fused=fused), mode)
 
 
 def _prepare(make: Callable[[Mode], nn.Module], mode: Mode) -> Run:
@@ -92,10 +85,7 @@ def _prepare(make: Callable[[Mode], nn.Module], mode: Mode) -> Run:
     if mode.compile_mode is not None:
         torch._dynamo.reset()
         call = torch.compile(model, dynamic=False, mode=mode.compile_mode)
-    if not mode.training:
-        return partial(_forward, call)
-    fused = mode.device.type == "cuda"
-    return partial(_step, call, torch.optim.AdamW(model.parameters(), fused=fused), mode)
+    return step_of(model, call, mode) if mode.training else partial(forward_of, call)
 
 
 def _images(
@@ -105,23 +95,11 @@ def _images(
     return [torch.randn(batch, 3, side, side, device=device, dtype=kind)]
 
 
-def _latents(
-    batch: int, side: int, mode: Mode, device: torch.device, dtype: torch.dtype
-) -> list[Tensor]:
-    kind = torch.float32 if mode.training else dtype
-    latents = torch.randn(batch, 4, side // 8, side // 8, device=device, dtype=kind)
-    steps = torch.randint(1000, (batch,), device=device)
-    return [latents, steps, torch.randint(1000, (batch,), device=device)]
-
-
 def operation_cases(name: str, side: int, batch: int, tiny: bool) -> list[Case]:
     """The operations at the shapes at which a model calls them; these are what is checked."""
-    prefix, patch = (0, 16) if name == "lit" else (1, 16)
-    grid = side // patch
-    heads, dim = (4, 288) if name == "lit" else (3, 64)
-    if tiny:
-        heads, dim = (1, 16) if name == "lit" else (3, 8)
-    tokens, form = prefix + grid * grid, _FORMS[name]
+    grid = side // 16
+    heads, dim = 3, 8 if tiny else 64
+    tokens, form = 1 + grid * grid, _FORMS[name]
     # DeiT's convolution of SLA has filters of a head; a kernel a sample is InLine's.
     shape = (batch, grid, grid, heads * dim)
     conv = (*shape, 3, 1, 1) if form == "inline" else (*shape, 5, 1, 0)
@@ -132,13 +110,9 @@ def operation_cases(name: str, side: int, batch: int, tiny: bool) -> list[Case]:
 
 
 def build(name: str, side: int, batch: int, speedup: float, mode: Mode) -> Case:
-    """The case of ``inline_deit``, ``slab_deit`` or ``lit`` at images of `side` pixels."""
-    if name == "lit":
-        ours, theirs = (partial(_diffusers_model, linear, side) for linear in (True, False))
-        peer, make = "dit", partial(_latents, batch, side, mode)
-    else:
-        ours, theirs = (partial(_timm_model, model, side) for model in (_TIMM[name], _DEIT))
-        peer, make = "timm", partial(_images, batch, side, mode)
+    """The case of ``inline_deit`` or ``slab_deit`` at images of `side` pixels."""
+    ours, theirs = (partial(_timm_model, model, side) for model in (_TIMM[name], _DEIT))
+    peer, make = "timm", partial(_images, batch, side, mode)
     direction = "step" if mode.training else "fwd"
 
     def entry(model: Callable[[Mode], nn.Module]) -> Peer:
@@ -155,6 +129,7 @@ def build(name: str, side: int, batch: int, speedup: float, mode: Mode) -> Case:
         # The targets are those of inference.
         targets={} if mode.training or not speedup else {("fwd", peer): speedup},
         directions=(direction,),
+        images=batch,
     )
 
 
@@ -171,7 +146,7 @@ def cases(
             raise ValueError(f"`shape` must be pixels (a multiple of 16), batch, got {shape}")
     rows = []
     for name in names:
-        sizes = LIT_SIZES if name == "lit" else DEIT_SIZES
+        sizes = DEIT_SIZES
         if shapes:
             sizes = tuple((side, batch, 0.0) for side, batch in shapes)
         elif mode.tiny:

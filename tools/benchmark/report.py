@@ -8,9 +8,12 @@ from pathlib import Path
 from .case import ATTENTION_FACTOR, FLOOR_FACTOR, OURS, Case
 from .runner import Row
 
+# Of a target: "memory of PEER".
+_MEMORY = "memory of "
 CSV_COLUMNS = (
     *("op", "impl", "shape", "dtype", "direction", "p20", "p50", "p80", "peak_mb"),
     *("gpu", "torch", "triton", "commit", "date", "group", "calls", "floor_ms", "error"),
+    "images_per_second",
 )
 
 
@@ -77,6 +80,9 @@ class Line:
                 met = reached is not None and reached <= bound
                 found.append(Verdict(f"<= {bound:g}x floor", reached, met))
                 continue
+            if against.startswith(_MEMORY):
+                found.append(self._memory_verdict(against, bound))
+                continue
             theirs = self.peers[against].times if against in self.peers else None
             reached = theirs.p50 / mine.p50 if mine and theirs else None
             found.append(
@@ -85,6 +91,14 @@ class Line:
                 )
             )
         return found
+
+    def _memory_verdict(self, against: str, bound: float) -> Verdict:
+        row = self.peers.get(against.removeprefix(_MEMORY))
+        mine, theirs = self.ours.times, row.times if row else None
+        known = mine is not None and theirs is not None and theirs.peak_mib > 0
+        reached = mine.peak_mib / theirs.peak_mib if mine and theirs and known else None
+        met = reached is not None and reached <= bound
+        return Verdict(f"<= {bound:g}x {against}", reached, met)
 
 
 def lines_of(rows: Sequence[Row]) -> list[Line]:
@@ -108,7 +122,8 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
     """Cells, the header first; a column for each peer that some case has."""
     lines = lines_of(rows)
     peers = list(dict.fromkeys(name for line in lines for name in line.peers))
-    header = ["shape", "direction", "p20", "p50", "p80", "floor", "% of floor", "TF/s", "MiB"]
+    header = ["shape", "direction", "p20", "p50", "p80", "floor", "% of floor", "TF/s"]
+    header += ["images/s", "MiB"]
     return [[*header, *peers, "targets"], *(_cells(line, peers) for line in lines)]
 
 
@@ -116,13 +131,14 @@ def _cells(line: Line, peers: Sequence[str]) -> list[str]:
     times, floor, case = line.ours.times, line.ours.floor_ms, line.case
     cells = [f"{case.group} {case.shape}", line.ours.direction]
     if times is None:
-        cells += [_cut(line.ours.error), *[""] * 6]
+        cells += [_cut(line.ours.error), *[""] * 7]
     else:
         factor = ATTENTION_FACTOR if case.is_attention else FLOOR_FACTOR
         flops = case.flops * factor[line.ours.direction]
         cells += [_ms(times.p20), _ms(times.p50), _ms(times.p80)]
         cells += [_ms(floor), f"{100 * floor / times.p50:.0f}"] if floor else ["-", "-"]
-        cells += [f"{flops / times.p50 / 1e9:.1f}" if flops else "-", f"{times.peak_mib:.0f}"]
+        cells.append(f"{flops / times.p50 / 1e9:.1f}" if flops else "-")
+        cells += [_images_per_second(case, times.p50) or "-", f"{times.peak_mib:.0f}"]
     for name in peers:
         row = line.peers.get(name)
         if row is None:
@@ -130,9 +146,15 @@ def _cells(line: Line, peers: Sequence[str]) -> list[str]:
         elif row.times is None:
             cells.append(_cut(row.error))
         else:
-            ratio = f" ({row.times.p50 / times.p50:.2f}x)" if times else ""
+            facts = [f"{row.times.p50 / times.p50:.2f}x"] if times else []
+            facts += [f"{row.times.peak_mib:.0f} MiB"] if case.images else []
+            ratio = f" ({', '.join(facts)})" if facts else ""
             cells.append(_ms(row.times.p50) + ratio)
     return [*cells, "; ".join(map(str, line.verdicts()))]
+
+
+def _images_per_second(case: Case, milliseconds: float) -> str:
+    return f"{1e3 * case.images / milliseconds:.1f}" if case.images else ""
 
 
 def _cut(error: str) -> str:
@@ -189,6 +211,7 @@ def _records(rows: Sequence[Row], environment: Environment) -> Iterator[dict[str
         if times is not None:
             numbers = {name: f"{getattr(times, name):.6g}" for name in ("p20", "p50", "p80")}
             numbers |= {"peak_mb": f"{times.peak_mib:.1f}", "calls": times.calls}
+            numbers["images_per_second"] = _images_per_second(row.case, times.p50)
         yield {
             "op": row.case.op,
             "impl": row.impl,

@@ -1,0 +1,28 @@
+"""`torch.compile` of what a transformer repeats."""
+
+from typing import Any
+
+from torch import nn
+
+_BLOCKS = ("transformer_blocks", "single_transformer_blocks")
+
+
+def compile_blocks(model: nn.Module, **options: Any) -> None:
+    """Compiles each block of a transformer in place; blocks of one kind share one compilation.
+
+    Compiling a whole DiT-XL/2 takes minutes for 28 times the same block. Parameters, their names
+    and the forward call stay as they are.
+
+    Args:
+        model: a transformer of diffusers.
+        options: of `torch.compile`.
+    Raises:
+        ValueError: a model without `transformer_blocks`.
+    """
+    lists = [getattr(model, name, None) for name in _BLOCKS]
+    found = [blocks for blocks in lists if isinstance(blocks, nn.ModuleList)]
+    if not found:
+        raise ValueError(f"`model` must have transformer_blocks, got a {type(model).__name__}")
+    for blocks in found:
+        for block in blocks:
+            block.compile(**options)

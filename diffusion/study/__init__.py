@@ -1,0 +1,1 @@
+"""An experiment: one teacher, and students ("arms") that differ in a few fields of one recipe."""

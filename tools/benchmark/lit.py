@@ -1,0 +1,126 @@
+"""Cases of LiT against DiT, sizes S to XL with random weights, at 256 to 2048 pixels of latents."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import linear_attention, token_conv
+from .case import Case, Peer, Run
+from .models import Mode, forward_of, step_of
+
+# (blocks, width, heads of DiT, heads of LiT)
+SIZES: dict[str, tuple[int, int, int, int]] = {
+    "S": (12, 384, 6, 2),
+    "B": (12, 768, 12, 3),
+    "L": (24, 1024, 16, 4),
+    "XL": (28, 1152, 16, 4),
+}
+TINY_SIZE = {"tiny": (2, 16, 2, 1)}
+# pixels -> batch: 8192 or 16384 tokens
+BATCHES = {256: 32, 512: 8, 1024: 4, 2048: 1}
+TINY_BATCHES = {64: 2}
+# (size, pixels) -> lowest speed-up of the forward over DiT
+SPEEDUPS = {("XL", 256): 1.0, ("XL", 512): 1.1, ("XL", 1024): 1.5, ("XL", 2048): 4.0}
+PEER = "dit"
+# Pixels of a token's side: eight of the autoencoder times the patch of two.
+_TOKEN = 16
+# The check in float64 is as strict with few images, and quick.
+_CHECKED_BATCH = 2
+
+
+def _model(linear: bool, size: tuple[int, int, int, int], side: int, mode: Mode) -> nn.Module:
+    from diffusers import DiTTransformer2DModel
+
+    from lintra.diffusion.models.transformer_lit import LiTTransformer2DModel
+
+    blocks, width, heads, linear_heads = size
+    config: dict[str, Any] = {
+        "num_layers": blocks,
+        "num_attention_heads": heads,
+        "attention_head_dim": width // heads,
+        "sample_size": side // 8,
+        "out_channels": 8,
+    }
+    # On the device at once: half a billion random numbers take a CPU ten seconds.
+    with torch.device(mode.device):
+        if linear:
+            return LiTTransformer2DModel(**config, num_linear_heads=linear_heads)
+        return DiTTransformer2DModel(**config)
+
+
+def _latents(
+    batch: int, side: int, mode: Mode, device: torch.device, dtype: torch.dtype
+) -> list[Tensor]:
+    kind = torch.float32 if mode.training else dtype
+    latents = torch.randn(batch, 4, side // 8, side // 8, device=device, dtype=kind)
+    steps = torch.randint(1000, (batch,), device=device)
+    return [latents, steps, torch.randint(1000, (batch,), device=device)]
+
+
+def _prepare(make: Callable[[], nn.Module], mode: Mode) -> Run:
+    from lintra.diffusion.compilation import compile_blocks
+
+    model = make().to(mode.device, torch.float32 if mode.training else mode.dtype)
+    model.train(mode.training).requires_grad_(mode.training)
+    if mode.compile_mode is not None:
+        torch._dynamo.reset()
+        # Block by block, both models: a whole XL takes minutes to compile, and is as fast.
+        compile_blocks(model, dynamic=False, mode=mode.compile_mode)
+    return step_of(model, model, mode) if mode.training else partial(forward_of, model)
+
+
+def _checks(name: str, size: tuple[int, int, int, int], side: int) -> tuple[Case, ...]:
+    _, width, _, heads = size
+    grid, batch = side // _TOKEN, _CHECKED_BATCH
+    attention = (batch, grid * grid, heads, width // heads)
+    return (
+        linear_attention.build(attention, name),
+        token_conv.build((batch, grid, grid, width, 5, 1, 0), name),
+    )
+
+
+def build(name: str, size: tuple[int, int, int, int], side: int, batch: int, mode: Mode) -> Case:
+    """The case of one size of LiT, e.g. ``XL``, at images of `side` pixels."""
+
+    def entry(linear: bool) -> Peer:
+        return Peer(partial(_prepare, partial(_model, linear, size, side, mode), mode))
+
+    targets = {}
+    if mode.training:
+        targets = {("step", f"memory of {PEER}"): 1.0}
+    elif (name, side) in SPEEDUPS:
+        targets = {("fwd", PEER): SPEEDUPS[name, side]}
+    return Case(
+        op="lit",
+        group=name,
+        shape=f"{side}px B{batch} {mode}",
+        make=partial(_latents, batch, side, mode),
+        ours=entry(True),
+        checks=_checks(name, size, side),
+        peers={PEER: entry(False)},
+        targets={} if mode.tiny else targets,
+        directions=("step" if mode.training else "fwd",),
+        images=batch,
+    )
+
+
+def cases(mode: Mode, shapes: Sequence[Sequence[int]] | None = None) -> list[Case]:
+    """All sizes at all resolutions; `shapes` are (pixels, batch) instead of the usual ones.
+
+    Raises:
+        ValueError: a shape of another form.
+    """
+    for shape in shapes or ():
+        if len(shape) != 2 or shape[0] % _TOKEN or min(shape) < 1:
+            raise ValueError(f"`shape` must be pixels (a multiple of 16), batch, got {shape}")
+    usual = TINY_BATCHES if mode.tiny else BATCHES
+    wanted = [tuple(shape) for shape in shapes] if shapes else list(usual.items())
+    sizes = TINY_SIZE if mode.tiny else SIZES
+    return [
+        build(name, size, side, batch, mode)
+        for name, size in sizes.items()
+        for side, batch in wanted
+    ]
