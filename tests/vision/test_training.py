@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,35 +17,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from lintra.tools import backbone_study, cli, timm_cli, train_backbone
+from lintra.tools import cli, timm_cli, train_backbone
 from lintra.vision import PRepBN, fold_norms
-from lintra.vision.training import study
 from lintra.vision.training.config import (
     CheckpointConfig,
     DataConfig,
     EMAConfig,
-    ModelConfig,
     NormConfig,
-    Recipe,
     TrainingConfig,
     parse_recipe,
 )
 from lintra.vision.training.data import NpzImages, open_images
-from lintra.vision.training.loop import BackboneTrainer, TrainingDiverged, TrainingResult
+from lintra.vision.training.loop import BackboneTrainer, TrainingDiverged
 from lintra.vision.training.records import read_metrics
 from rooms import ROOT
-
-COLOURS = np.array([[220, 40, 40], [40, 220, 40], [40, 40, 220]])
-
-
-def write_npz(path: Path, count: int, seed: int = 0) -> Path:
-    """Noisy images of three colours."""
-    generator = np.random.default_rng(seed)
-    labels = np.arange(count) % 3
-    noise = generator.integers(-30, 30, (count, 16, 16, 3))
-    images = (COLOURS[labels][:, None, None] + noise).clip(0, 255).astype(np.uint8)
-    np.savez(path, images=images, labels=labels)
-    return path
+from tiny_backbones import COLOURS, small_recipe, write_npz
 
 
 @pytest.fixture(scope="module")
@@ -56,45 +41,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "train": str(write_npz(folder / "train.npz", 52)),
         "val": str(write_npz(folder / "val.npz", 13, seed=1)),
     }
-
-
-def small_recipe(folder: Path, files: dict[str, str], **groups: dict[str, Any]) -> Recipe:
-    recipe = Recipe(
-        output_dir=str(folder),
-        model=ModelConfig(
-            name="deit_tiny_slab_patch16_224",
-            args={
-                "img_size": 16,
-                "patch_size": 4,
-                "embed_dim": 16,
-                "depth": 2,
-                "num_heads": 2,
-            },
-        ),
-        data=DataConfig(
-            source="npz",
-            **files,
-            batch_size=8,
-            workers=0,
-            mixup=0,
-            cutmix=0,
-            auto_augment=None,
-            reprob=0,
-            color_jitter=0,
-        ),
-        training=TrainingConfig(
-            epochs=3, warmup_epochs=0, base_lr=1e-2, base_size=8, mixed_precision="no"
-        ),
-        norm=NormConfig(fraction=0.5, recalibration_passes=2),
-        logging_steps=1,
-    )
-    return replace(
-        recipe,
-        **{
-            name: replace(getattr(recipe, name), **value) if isinstance(value, dict) else value
-            for name, value in groups.items()
-        },
-    )
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -458,56 +404,3 @@ def test_it_learns_from_images_on_the_device_and_resumes(
     BackboneTrainer(replace(part, checkpoint=CheckpointConfig(resume="latest"))).run()
     ours, theirs = weights(tmp_path / "part"), weights(tmp_path / "whole")
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-
-
-def test_study_writes_its_table(
-    tmp_path: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = [
-        "--config", str(ROOT / "configs" / "vision" / "imagenette64_deit.yaml"),
-        "--seeds", "0", "1", "--arms", "softmax, LayerNorm", "SLA, PRepBN (SLAB)",
-        "--table", str(tmp_path / "results" / "table.md"), "--throughput-batch", "2",
-        "--throughput-seconds", "0.01",
-        "--output_dir", str(tmp_path), "--data.train", files["train"], "--data.val", files["val"],
-        "--data.batch_size", "8", "--data.workers", "0", "--training.max_steps", "2",
-        "--training.mixed_precision", "no", "--norm.recalibration_passes", "1",
-        "--model.args",
-        "{img_size: 16, patch_size: 4, embed_dim: 8, depth: 1, num_heads: 1}",
-    ]  # fmt: skip
-    for _ in range(2):  # the second time nothing is left to train
-        assert backbone_study.main(words) == 0
-    table = (tmp_path / "results" / "table.md").read_text()
-    assert table.count("\n| ") == 3
-    assert "| SLA, PRepBN (SLAB) |" in table
-    assert "python -m lintra.tools.backbone_study --config" in table
-    run = BackboneTrainer.run
-    stopped = TrainingResult(1, None, None, tmp_path, signal.SIGTERM)
-    monkeypatch.setattr(BackboneTrainer, "run", lambda self: stopped)
-    assert backbone_study.main([*words, "--output_dir", str(tmp_path / "stopped")]) == 143
-
-    def diverge(self: BackboneTrainer) -> None:
-        self.folder.mkdir(parents=True)
-        raise TrainingDiverged("loss nan at step 3")
-
-    monkeypatch.setattr(BackboneTrainer, "run", diverge)
-    assert backbone_study.main([*words, "--output_dir", str(tmp_path / "diverged")]) == 0
-    table = (tmp_path / "results" / "table.md").read_text()
-    assert "| SLA, PRepBN (SLAB) | diverged | diverged (loss nan at step 3), " in table
-    monkeypatch.setattr(BackboneTrainer, "run", run)
-    bad = [*words, "--model.name", "nothing", "--output_dir", str(tmp_path / "new")]
-    assert backbone_study.main(bad) == 2
-
-
-def test_study_runs_several_at_once_and_passes_a_signal_on(
-    tmp_path: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    recipe = small_recipe(tmp_path, files)
-    runs = [replace(recipe, output_dir=str(tmp_path / name)) for name in "ab"]
-    study.train_all(runs, jobs=2)
-    assert all((tmp_path / name / "last" / "model.safetensors").is_file() for name in "ab")
-    study.train_all(runs, jobs=2)
-    assert capsys.readouterr().out.count(" %") == 2  # nothing was left for the second call
-    longer = replace(recipe, output_dir=str(tmp_path / "c"), training=TrainingConfig(epochs=10**6))
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    with pytest.raises(study.Stopped, match="signal 15"):
-        study.train_all([longer], jobs=2)

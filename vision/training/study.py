@@ -109,14 +109,15 @@ def _train_in_processes(waiting: list[Recipe], jobs: int) -> None:
                 process.start()
                 active.append((run, process))
             time.sleep(0.05)
-            for run, process in list(active):
-                if process.exitcode is None:
+            for pair in list(active):
+                run, running = pair
+                if running.exitcode is None:
                     if stop.signum:
-                        process.terminate()
+                        running.terminate()
                     continue
-                active.remove((run, process))
+                active.remove(pair)
                 print(f"{run.output_dir}: {_outcome(run)}", flush=True)
-                if process.exitcode and not stop.signum:
+                if running.exitcode and not stop.signum:
                     failed.append(run.output_dir)
     if stop.signum:
         raise Stopped(stop.signum)
