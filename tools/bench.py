@@ -133,9 +133,12 @@ def _cases(options: Namespace, settings: "Settings") -> "list[Case]":
         )
         names = MODEL_NAMES if options.name == "models" else (options.name,)
         own = {"clear": clear, "lit": lit}
-        cases = models.cases([name for name in names if name not in own], mode, options.shape)
+        cases = []
         for name in names:
-            cases += own[name].cases(mode, options.shape) if name in own else []
+            if name in own:
+                cases += own[name].cases(mode, options.shape)
+            else:
+                cases += models.cases([name], mode, options.shape)
     chosen = [case for case in cases if options.only in str(case)]
     if not chosen:
         labels = ", ".join(map(str, cases))
