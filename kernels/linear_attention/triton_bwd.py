@@ -8,6 +8,10 @@ ratio: dphi(q_i) = w_i t_i - w_i^2 u_i z, dS = sum_i phi(q_i)^T w_i do_i,
 covariance: dphi(q_i) = t_i (s / N in S), dS = s / N sum_i phi(q_i)^T do_i,
     dphi(k_j) = (v_j - mean v) dS^T, dv_j = (phi(k_j) - mean phi(k)) dS + sum_i do_i / N
 none: as ratio with w_i = s and no z.
+
+Where t_i and u_i z cancel, values far from zero take the digits of the rest. All of ratio holds as
+well for values v_j - c, if -w_i^2 u_i gains eps w_i / (s phi(q_i) . z + eps) do_i . c: float16 is
+SHIFTED so, since its products have no more digits than its results.
 """
 
 import torch
@@ -70,7 +74,7 @@ def _transposed(x, WIDTH: tl.constexpr):
 @triton.jit
 def _query_sweep(
     p_do, p_q, p_dq, do_stride, q_stride, dq_stride, start, stop,
-    s00, s01, s10, s11, z0, z1, scale, factor, eps,
+    s00, s01, s10, s11, z0, z1, cv0, cv1, scale, factor, eps,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     FEATURE: tl.constexpr, RATIO: tl.constexpr, SUM_V: tl.constexpr,
@@ -102,9 +106,12 @@ def _query_sweep(
         if D1 > 0:
             t1 = _rows_times_rows(g0, g1, s01, s11, E1, PRECISION)
         if RATIO:
-            weight = scale / (scale * rows_dot_vector(f0, f1, z0, z1, D1) + eps)
-            weight = tl.where(m_m, weight, 0.0)
+            inverse = 1.0 / (scale * rows_dot_vector(f0, f1, z0, z1, D1) + eps)
+            inverse = tl.where(m_m, inverse, 0.0)
+            weight = scale * inverse
             gain = -weight * row_dot(f0, f1, t0, t1, D1)
+            if WIDE:
+                gain += eps * inverse * rows_dot_vector(g0, g1, cv0, cv1, E1)
             t0 = (t0 + gain[:, None] * z0[None, :]) * weight[:, None]
             f0 = f0.to(tl.float32) * weight[:, None]
             if D1 > 0:
@@ -160,9 +167,10 @@ def _key_sweep(
             v1 = load_tile(p_v, o_v, m_n, E0, E, E1)
         if CENTRED:
             f0 = f0.to(tl.float32) - ck0[None, :]
-            v0 = v0.to(tl.float32) - cv0[None, :]
             if D1 > 0:
                 f1 = f1.to(tl.float32) - ck1[None, :]
+        if CENTRED or (RATIO and WIDE):
+            v0 = v0.to(tl.float32) - cv0[None, :]
             if E1 > 0:
                 v1 = v1.to(tl.float32) - cv1[None, :]
         f0, v0 = f0.to(DTYPE), v0.to(DTYPE)
@@ -197,7 +205,7 @@ def _key_sweep(
     ]
 )  # fmt: skip
 def _linear_attention_bwd_queries_kernel(
-    p_do, p_q, p_dq, p_state, p_key_row, p_ds, p_dz, p_b,
+    p_do, p_q, p_dq, p_state, p_key_row, p_value_row, p_ds, p_dz, p_b,
     num_queries, tokens_per_program, rows, heads, scale, factor, eps,
     do_sb, do_sn, do_sh, q_sb, q_sn, q_sh, dq_sb, dq_sn, dq_sh,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
@@ -218,15 +226,17 @@ def _linear_attention_bwd_queries_kernel(
     start = part * tokens_per_program
     stop = tl.minimum(start + tokens_per_program, num_queries)
     s00, s01, s10, s11 = load_state(p_state + row * D * E, D, D0, D1, E, E0, E1, DTYPE)
-    z0, z1 = 0.0, 0.0
+    z0, z1, cv0, cv1 = 0.0, 0.0, 0.0, 0.0
     if RATIO:
         z0, z1 = load_vectors(p_key_row + row * D, D, D0, D1)
+    if RATIO and WIDE:
+        cv0, cv1 = load_vectors(p_value_row + row * E, E, E0, E1)
     d00, d01, d10, d11, dz0, dz1, b0, b1 = _query_sweep(
         p_do + (batch * do_sb + head * do_sh) * VECTOR,
         p_q + (batch * q_sb + head * q_sh) * VECTOR,
         p_dq + (batch * dq_sb + head * dq_sh) * VECTOR,
         do_sn * VECTOR, q_sn * VECTOR, dq_sn * VECTOR, start, stop,
-        s00, s01, s10, s11, z0, z1, scale, factor, eps,
+        s00, s01, s10, s11, z0, z1, cv0, cv1, scale, factor, eps,
         D, D0, D1, E, E0, E1, FEATURE, RATIO, CENTRED, WIDE, BLOCK,
     )  # fmt: skip
     store_state(p_ds + o_part * D * E, d00, d01, d10, d11, D, D0, D1, E, E0, E1)
@@ -267,6 +277,7 @@ def _linear_attention_bwd_keys_kernel(
     if CENTRED:
         b0, b1 = load_vectors(p_dvalue_row + row * E, E, E0, E1)
         ck0, ck1 = load_vectors(p_key_row + row * D, D, D0, D1)
+    if CENTRED or (RATIO and WIDE):
         cv0, cv1 = load_vectors(p_value_row + row * E, E, E0, E1)
     _key_sweep(
         p_k + (batch * k_sb + head * k_sh) * VECTOR,
@@ -298,6 +309,7 @@ def _linear_attention_bwd_fused_kernel(
     for dq and dS, then the keys for dk and dv."""
     RATIO: tl.constexpr = NORMALIZER == "ratio"
     CENTRED: tl.constexpr = NORMALIZER == "covariance"
+    SHIFTED: tl.constexpr = RATIO and WIDE
     FOLD: tl.constexpr = (RATIO or CENTRED) and E1 > 0 and E0 + E1 >= E + 2
     DTYPE: tl.constexpr = tl.float32 if WIDE else p_q.dtype.element_ty
     batch = (tl.program_id(0) // heads).to(tl.int64)
@@ -307,10 +319,11 @@ def _linear_attention_bwd_fused_kernel(
     ck0, ck1, cv0, cv1 = 0.0, 0.0, 0.0, 0.0
     if CENTRED:
         ck0, ck1 = shifts_of(p_k, k_sn * VECTOR, num_keys, D, D0, D1, FEATURE)
-        cv0, cv1 = value_shifts_of(p_v, v_sn * VECTOR, num_keys, E, E0, E1)
+    if CENTRED or SHIFTED:
+        cv0, cv1 = value_shifts_of(p_v, v_sn * VECTOR, num_keys, E, E0, E1, SHIFTED)
     s00, s01, s10, s11, z0, z1, a0, a1 = moments(
         p_k, p_v, p_k, p_k, k_sn * VECTOR, v_sn * VECTOR, 0, num_keys, ck0, ck1, cv0, cv1,
-        D, D0, D1, E, E0, E1, FEATURE, CENTRED, False,
+        D, D0, D1, E, E0, E1, FEATURE, CENTRED, SHIFTED, False,
         RATIO or CENTRED, CENTRED, FOLD, WIDE, BLOCK,
     )  # fmt: skip
     # Factor of the constant weights of covariance and none; ratio weighs each query.
@@ -330,7 +343,7 @@ def _linear_attention_bwd_fused_kernel(
         p_q + (batch * q_sb + head * q_sh) * VECTOR,
         p_dq + (batch * dq_sb + head * dq_sh) * VECTOR,
         do_sn * VECTOR, q_sn * VECTOR, dq_sn * VECTOR, 0, num_queries,
-        s00, s01, s10, s11, z0, z1, scale, factor, eps,
+        s00, s01, s10, s11, z0, z1, cv0, cv1, scale, factor, eps,
         D, D0, D1, E, E0, E1, FEATURE, RATIO, CENTRED, WIDE, BLOCK,
     )  # fmt: skip
     if RATIO:
@@ -391,7 +404,7 @@ def _query_side(
     parts = empty_parts(ranges, rows, head_dim, value_dim, query)
     vector = common_vector(d_out, query, dq)
     _linear_attention_bwd_queries_kernel[(rows * ranges,)](
-        d_out, query, dq, state.matrix, state.key_row, *parts[:3],
+        d_out, query, dq, *state, *parts[:3],
         num_queries, share, rows, heads, scale, scale if normalizer == "none" else 1.0, eps,
         *strides_in_vectors(vector, d_out, query, dq),
         **_shape_arguments("bwd_queries", query, d_out, feature_map, normalizer),
@@ -439,7 +452,8 @@ def linear_attention_bwd(
             return dq, dk, dv
         query_side = query_side_wide if way == "wide" else _query_side
         key_side = key_side_wide if way == "wide" else _key_side
-        state = forward_state(key, value, feature_map, normalizer, scale)
+        shifted = normalizer == "ratio" and query.dtype == torch.float16
+        state = forward_state(key, value, feature_map, normalizer, scale, shifted)
         d_state = query_side(d_out, query, dq, state, key.shape[1], *options)
         key_side(key, value, dk, dv, d_state, state, feature_map, normalizer)
     return dq, dk, dv

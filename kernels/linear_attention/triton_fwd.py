@@ -101,10 +101,10 @@ def _linear_attention_fwd_fused_kernel(
     ck0, ck1, b0, b1 = 0.0, 0.0, 0.0, 0.0
     if CENTRED:
         ck0, ck1 = shifts_of(p_k, k_sn * VECTOR, num_keys, D, D0, D1, FEATURE)
-        b0, b1 = value_shifts_of(p_v, v_sn * VECTOR, num_keys, E, E0, E1)
+        b0, b1 = value_shifts_of(p_v, v_sn * VECTOR, num_keys, E, E0, E1, False)
     s00, s01, s10, s11, z0, z1, a0, a1 = moments(
         p_k, p_v, p_k, p_k, k_sn * VECTOR, v_sn * VECTOR, 0, num_keys, ck0, ck1, b0, b1,
-        D, D0, D1, E, E0, E1, FEATURE, CENTRED, False,
+        D, D0, D1, E, E0, E1, FEATURE, CENTRED, False, False,
         RATIO or CENTRED, CENTRED, FOLD, WIDE, BLOCK,
     )  # fmt: skip
     if CENTRED:
@@ -271,6 +271,6 @@ def linear_attention_fwd(
         if way == "fused":
             _fused(query, key, value, out, *options)
         else:
-            state = forward_state(key, value, feature_map, normalizer, scale)
+            state = forward_state(key, value, feature_map, normalizer, scale, shifted=False)
             _apply(query, out, state, way == "wide", *options)
     return out
