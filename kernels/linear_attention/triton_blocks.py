@@ -390,6 +390,15 @@ def rows_times(x0, x1, w0, w1, X1: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def rows_times_rows(x0, x1, w0, w1, X1: tl.constexpr, PRECISION: tl.constexpr):
+    """x0 @ w0 + x1 @ w1, the second only if X1 > 0."""
+    y = tl.dot(x0, w0, input_precision=PRECISION)
+    if X1 > 0:
+        y = tl.dot(x1, w1, y, input_precision=PRECISION)
+    return y
+
+
+@triton.jit
 def row_dot(x0, x1, y0, y1, X1: tl.constexpr):
     """x_i . y_i of the rows of two tiles, in float32."""
     total = tl.sum(x0.to(tl.float32) * y0, 1)

@@ -151,7 +151,7 @@ def query_side_wide(
     value_dim = d_out.shape[3]
     rows = batch * heads
     launch = configs.launch_of("bwd_dq_wide", query, max(head_dim, value_dim))
-    d0, d1 = configs.parts_of(head_dim, "d", "bwd_wide")
+    d0, d1 = configs.parts_of(head_dim, "d", "bwd_wide", query.dtype)
     ratio = normalizer == "ratio"
     weight, gain = (
         empty(rows, num_queries if ratio else 0, like=query, dtype=torch.float32) for _ in range(2)
@@ -182,8 +182,8 @@ def key_side_wide(
     value_dim = value.shape[3]
     rows = batch * heads
     launch = configs.launch_of("bwd_dkv_wide", key, max(head_dim, value_dim))
-    d0, d1 = configs.parts_of(head_dim, "d", "bwd_wide")
-    e0, e1 = configs.parts_of(value_dim, "e", "bwd_wide")
+    d0, d1 = configs.parts_of(head_dim, "d", "bwd_wide", key.dtype)
+    e0, e1 = configs.parts_of(value_dim, "e", "bwd_wide", key.dtype)
     tensors = (key, value, dk, dv)
     vector = common_vector(*tensors)
     _linear_attention_bwd_dkv_wide_kernel[(rows * triton.cdiv(num_keys, launch.block),)](

@@ -209,8 +209,8 @@ def _fused(
     batch, num_queries, heads, head_dim = query.shape
     value_dim = value.shape[3]
     launch = configs.launch_of("fwd_fused", query, max(head_dim, value_dim))
-    d0, d1 = configs.parts_of(head_dim, "d", "fwd_fused")
-    e0, e1 = configs.parts_of(value_dim, "e", "fwd_fused")
+    d0, d1 = configs.parts_of(head_dim, "d", "fwd_fused", query.dtype)
+    e0, e1 = configs.parts_of(value_dim, "e", "fwd_fused", query.dtype)
     vector = common_vector(query, key, value, out)
     _linear_attention_fwd_fused_kernel[(batch * heads,)](
         query, key, value, out, num_queries, key.shape[1], heads, scale, eps,
@@ -229,7 +229,7 @@ def _apply(
     batch, num_queries, heads, head_dim = query.shape
     value_dim = out.shape[3]
     rows = batch * heads
-    e0, e1 = configs.parts_of(value_dim, "e", "fwd_apply")
+    e0, e1 = configs.parts_of(value_dim, "e", "fwd_apply", query.dtype)
     vector = common_vector(query, out)
     common = {
         "D": head_dim, "E": value_dim, "E0": e0, "E1": e1,
@@ -246,7 +246,7 @@ def _apply(
         )  # fmt: skip
         return
     launch = configs.launch_of("fwd_apply", query, max(head_dim, value_dim))
-    d0, d1 = configs.parts_of(head_dim, "d", "fwd_apply")
+    d0, d1 = configs.parts_of(head_dim, "d", "fwd_apply", query.dtype)
     ranges, share = configs.splits_of(num_queries, rows, query, launch)
     _linear_attention_fwd_apply_kernel[(rows * ranges,)](
         query, out, *state, num_queries, share, rows, heads, scale, eps, *strides, **common,

@@ -20,6 +20,7 @@ from .triton_blocks import (
     store_vectors,
     value_shifts_of,
 )
+from .triton_keys_first import moments_keys_first
 
 
 @triton.jit(
@@ -31,7 +32,8 @@ def _linear_attention_fwd_moments_kernel(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     E: tl.constexpr, EB: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     FEATURE: tl.constexpr, CENTRED: tl.constexpr, SHIFTED: tl.constexpr, WEIGHTED: tl.constexpr,
-    SUM_K: tl.constexpr, SUM_V: tl.constexpr, WIDE: tl.constexpr, FINAL: tl.constexpr,
+    SUM_K: tl.constexpr, SUM_V: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    WIDE: tl.constexpr, FINAL: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Moments of `triton_blocks.moments`. Grid (B * H * blocks of EB value columns, splits): a
@@ -64,11 +66,18 @@ def _linear_attention_fwd_moments_kernel(
         cv0, cv1 = value_shifts_of(p_v, v_sn * VECTOR, num_tokens, columns, E0, E1, SHIFTED)
     start = split * tokens_per_split
     stop = tl.minimum(start + tokens_per_split, num_tokens)
-    s00, s01, s10, s11, z0, z1, a0, a1 = moments(
-        p_k, p_v, p_weight, p_gain, k_sn * VECTOR, v_sn * VECTOR, start, stop,
-        ck0, ck1, cv0, cv1, D, D0, D1, columns, E0, E1, FEATURE, CENTRED, SHIFTED, WEIGHTED,
-        SUM_K, SUM_V, FOLD, WIDE, BLOCK,
-    )  # fmt: skip
+    if KEYS_FIRST:
+        a0, a1 = 0.0, 0.0
+        s00, s01, s10, s11, z0, z1 = moments_keys_first(
+            p_k, p_v, k_sn * VECTOR, v_sn * VECTOR, start, stop,
+            D, D0, D1, columns, E0, E1, FEATURE, BLOCK,
+        )  # fmt: skip
+    else:
+        s00, s01, s10, s11, z0, z1, a0, a1 = moments(
+            p_k, p_v, p_weight, p_gain, k_sn * VECTOR, v_sn * VECTOR, start, stop,
+            ck0, ck1, cv0, cv1, D, D0, D1, columns, E0, E1, FEATURE, CENTRED, SHIFTED, WEIGHTED,
+            SUM_K, SUM_V, FOLD, WIDE, BLOCK,
+        )  # fmt: skip
     if FINAL:
         if CENTRED:
             s00, s01, s10, s11 = centre(s00, s01, s10, s11, z0, z1, a0, a1, count, D1, E1)
@@ -221,10 +230,14 @@ def sweep(
     batch, tokens, heads, head_dim = key.shape
     value_dim = value.shape[3]
     rows = batch * heads
+    width = max(head_dim, value_dim)
     launch = configs.launch_of("fwd_moments", key, max(head_dim, min(value_dim, 128)))
+    plain = sum_k and not (centred or shifted or weighted)
+    keys_first = plain and configs.keys_first("fwd_moments", key, width)
     columns = configs.value_block(head_dim, value_dim, key.element_size())
-    d0, d1 = configs.parts_of(head_dim, "d", "fwd_moments")
-    e0, e1 = configs.parts_of(columns, "e", "fwd_moments")
+    parts = "fwd_moments_keys_first" if keys_first else "fwd_moments"
+    d0, d1 = configs.parts_of(head_dim, "d", parts, key.dtype)
+    e0, e1 = configs.parts_of(columns, "e", parts, key.dtype)
     blocks = triton.cdiv(value_dim, columns)
     splits, share = configs.splits_of(tokens, rows * blocks, key, launch)
     sums = {"sum_k": sum_k, "sum_v": sum_v, "centred": centred}
@@ -239,8 +252,10 @@ def sweep(
         key, value, weight, gain, *parts,
         tokens, share, heads, factor, float(count), *strides_in_vectors(vector, key, value),
         D=head_dim, D0=d0, D1=d1, E=value_dim, EB=columns, E0=e0, E1=e1,
-        FEATURE=configs.kernel_feature(feature_map, key), CENTRED=centred, SHIFTED=shifted, WEIGHTED=weighted,
-        SUM_K=sum_k, SUM_V=sum_v, WIDE=key.dtype == torch.float16, FINAL=splits == 1,
+        FEATURE=configs.kernel_feature(feature_map, key),
+        CENTRED=centred, SHIFTED=shifted, WEIGHTED=weighted,
+        SUM_K=sum_k, SUM_V=sum_v, KEYS_FIRST=keys_first,
+        WIDE=key.dtype == torch.float16, FINAL=splits == 1,
         VECTOR=vector, BLOCK=launch.block, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     if splits == 1:

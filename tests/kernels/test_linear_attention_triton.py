@@ -55,6 +55,15 @@ def test_every_member_every_way(way, feature_map, normalizer):
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("way", ["fused", "split"])
+@pytest.mark.parametrize("feature_map", ["relu", "elu1"])
+def test_keys_first(way, feature_map):
+    tensors, d_out = inputs_of((1, 21, 2, 24), num_keys=37, value_dim=40, mean=0.5)
+    with pinned(keys_first=True):
+        compare(tensors, d_out, way, feature_map=feature_map, scale=0.3, eps=1e-2)
+
+
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 17, 3, 32), (1, 49, 1, 72)], ids=str)
 @pytest.mark.parametrize("normalizer", ["ratio", "covariance"])
 def test_views_of_a_fused_projection(shape, normalizer):
