@@ -18,6 +18,7 @@ OPERATIONS = {
 }
 MODEL_NAMES = ("inline_deit", "slab_deit", "lit")
 NAMES = (*OPERATIONS, *MODEL_NAMES, "models")
+PEERS = ("sdpa", "eager", "compiled", "cudnn", "flex", "timm", "dit")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -47,6 +48,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a GPU too")
     parser.add_argument("--compile-mode", choices=MODES, default=MODES[0], help="of both models")
     parser.add_argument("--no-compile", action="store_true", help="no peer and no model compiled")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=(), help="these only")
     parser.add_argument("--calls", type=int, default=20, help="timed calls of a measurement")
     parser.add_argument("--seconds", type=float, default=3.0, help="at most, a measurement")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for peers")
@@ -109,6 +111,7 @@ def _settings(options: Namespace) -> "Settings":
         use_compile=not options.no_compile,
         budget=options.budget,
         directions=options.direction,
+        peers=options.peers,
         say=lambda line: None if options.quiet else print(line, file=sys.stderr, flush=True),
     )
 
