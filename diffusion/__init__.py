@@ -1,7 +1,9 @@
 """Diffusion transformers with linear attention for diffusers, and the tools to distil them."""
 
 from .attention.guard import assert_linear
+from .cascade_plan import Stage, plan_stages
 from .clear_weights import load_clear_weights
+from .high_resolution import generate_cascade
 from .inheritance import InheritanceReport, inherit_weights
 from .io import load_pipeline, load_transformer, swap_transformer
 from .models.autoencoder_pixel import PixelAutoencoder
@@ -19,10 +21,13 @@ __all__ = [
     "LiTTransformer2DModel",
     "OfficialDiTTransformer2DModel",
     "PixelAutoencoder",
+    "Stage",
     "assert_linear",
+    "generate_cascade",
     "inherit_weights",
     "load_clear_weights",
     "load_pipeline",
     "load_transformer",
+    "plan_stages",
     "swap_transformer",
 ]

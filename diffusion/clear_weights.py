@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .models.clear import ClearMixin
 
 _FILE_NAME = re.compile(r"clear_local_(\d+)(?:_down_(\d+))?$")
+_POOLING = ".processor.spatial_weight"
 _TRAINED = ("to_q", "to_k", "to_v", "to_out", "processor")
 
 
@@ -32,21 +33,41 @@ def clear_parameter_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if name.startswith(prefixes)]
 
 
+def official_variant(path: str | Path) -> tuple[int, int | None] | None:
+    """Radius and down factor in the official name of a file, None for another name.
+
+    The radius is not in the weights, so that the name is all that tells it.
+    """
+    match = _FILE_NAME.match(Path(path).stem)
+    return match and (int(match[1]), int(match[2]) if match[2] else None)
+
+
+def pooling_factors(weights: Mapping[str, Tensor]) -> set[int]:
+    """Down factors of the pooling kernels among `weights`: empty without, one in a sound file."""
+    kernels = [tensor for name, tensor in weights.items() if name.endswith(_POOLING)]
+    return {kernel.shape[3] for kernel in kernels if kernel.ndim == 7}
+
+
 def _check_variant(model: ClearMixin, path: Path) -> None:
-    """The radius is not in the weights, only in the official name of the file."""
-    match = _FILE_NAME.match(path.stem)
-    if match is None:
+    variant = official_variant(path)
+    if variant is None:
         return
-    radius, down_factor = int(match[1]), match[2] and int(match[2])
+    radius, down_factor = variant
     config = model.config
-    if (config.radius, config.down_factor) != (radius, down_factor):
+    if (config.radius, config.down_factor) != variant:
         raise ValueError(
             f"`weights` must be those of radius {config.radius}, down_factor {config.down_factor},"
             f" got {path.name}, of radius {radius}, down_factor {down_factor}"
         )
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_clear_file(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: one that is cut off or of another format.
+    """
+    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"`weights` must be a safetensors file, but there is no {path}")
     try:
@@ -82,15 +103,14 @@ def load_clear_weights(model: nn.Module, weights: str | Path | Mapping[str, Tens
         raise ValueError("`model` must not have fused projections: unfuse_qkv_projections() first")
     if not isinstance(weights, Mapping):
         _check_variant(model, Path(weights))
-        weights = _read(Path(weights))
+        weights = read_clear_file(weights)
     parameters = dict(model.named_parameters())
-    pooling = {name for name in weights if name.endswith(".processor.spatial_weight")}
-    factors: set[int | None] = {weights[n].shape[3] for n in pooling if weights[n].ndim == 7}
+    factors = pooling_factors(weights)
     down_factor = model.config.down_factor
-    if (factors or {None}) != {down_factor}:
+    if factors != ({down_factor} if down_factor else set()):
         raise ValueError(
             f"`weights` must be those of down_factor {down_factor}, got pooling kernels of"
-            f" {sorted(factors, key=str) or None}"
+            f" {sorted(factors) or None}"
         )
     problems = [f"{name} is missing" for name in names if name not in weights]
     problems += [f"{name} is left over" for name in weights if name not in names]

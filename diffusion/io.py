@@ -60,6 +60,15 @@ def _read_json(file: Path, what: str) -> dict[str, Any]:
         raise ValueError(f"`path` must hold valid JSON in {file}, got: {error}") from error
 
 
+def read_index(path: str | Path) -> dict[str, Any]:
+    """model_index.json of a pipeline folder: component -> [library, class], and its settings.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: one that is no JSON.
+    """
+    return _read_json(Path(path) / "model_index.json", "a pipeline folder")
+
+
 def load_transformer(path: str | Path, **kwargs: Any) -> ModelMixin:
     """Opens a saved transformer with the class that its config.json names.
 
@@ -125,7 +134,7 @@ def load_pipeline(path: str | Path, **kwargs: Any) -> DiffusionPipeline:
     """
     folder = Path(path)
     if folder.is_absolute() or str(path).startswith(".") or folder.exists():
-        index = _read_json(folder / "model_index.json", "a pipeline folder")
+        index = read_index(folder)
         absent = _absent_components(folder, index, set(kwargs))
         _check_transformer_class(folder, index)
         kwargs = {**dict.fromkeys(absent), **kwargs}

@@ -1,4 +1,4 @@
-"""Operations on tensors: linear attention, depthwise token convolution, local attention."""
+"""Operations on tensors: linear and local attention, token convolution, layer normalisation."""
 
 if __name__ == "kernels":
     # The working directory is the repository root, where Python takes this folder for the package
@@ -6,8 +6,9 @@ if __name__ == "kernels":
     # says "not here"; loading the operations a second time would register them twice.
     __version__ = "0"
 else:
+    from .layer_norm import layer_norm
     from .linear_attention import linear_attention
     from .local_attention import local_attention
     from .token_conv import token_conv2d
 
-    __all__ = ["linear_attention", "local_attention", "token_conv2d"]
+    __all__ = ["layer_norm", "linear_attention", "local_attention", "token_conv2d"]

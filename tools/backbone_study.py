@@ -1,111 +1,19 @@
 """`python -m lintra.tools.backbone_study`: attention and norm variants under one recipe.
 
-Every arm is the recipe with other `model.args`; each runs with each seed. The table has the last
-accuracy after recalibration, mean and deviation over seeds, and images a second before and after
-folding. A finished run is not repeated.
+Every arm is the recipe with other `model.args`; each runs with each seed, several at once if the
+device has room. The table has the last accuracy after recalibration, mean and deviation over seeds,
+and images a second before and after folding, measured when no run is left. A finished run is not
+repeated.
 """
 
 import argparse
 import shlex
-import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import timm
-import torch
-
-from lintra.vision import fold_norms
-from lintra.vision.training.config import Recipe, parse_recipe
-from lintra.vision.training.loop import BackboneTrainer, TrainingDiverged
-from lintra.vision.training.records import read_metrics
-from lintra.vision.training.throughput import images_per_second
-
-ARMS = {
-    "softmax, LayerNorm": {"attn": "softmax", "norm": "ln"},
-    "softmax, PRepBN": {"attn": "softmax", "norm": "prepbn"},
-    "InLine, LayerNorm": {"attn": "inline", "norm": "ln"},
-    "InLine, PRepBN": {"attn": "inline", "norm": "prepbn"},
-    "SLA, LayerNorm": {"attn": "sla", "norm": "ln"},
-    "SLA, PRepBN (SLAB)": {"attn": "sla", "norm": "prepbn"},
-}
-DEFAULT_ARMS = [
-    "softmax, LayerNorm",
-    "InLine, LayerNorm",
-    "SLA, LayerNorm",
-    "SLA, PRepBN (SLAB)",
-]
-COLUMNS = ("arm", "top-1 %", "per seed", "parameters M", "images/s", "folded images/s")
-
-
-class Stopped(Exception):
-    """A signal ended a run; the same command goes on from its checkpoint."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by signal {signum}; the same command goes on from there")
-        self.signum = signum
-
-
-def _arm_recipe(recipe: Recipe, arm: str, seed: int) -> Recipe:
-    folder = Path(recipe.output_dir) / f"{'-'.join(ARMS[arm].values())}-seed{seed}"
-    model = replace(recipe.model, args={**recipe.model.args, **ARMS[arm]})
-    checkpoint = replace(recipe.checkpoint, resume="latest")
-    return replace(recipe, output_dir=str(folder), model=model, seed=seed, checkpoint=checkpoint)
-
-
-def _last_accuracy(folder: Path) -> float:
-    keys = ("accuracy_recalibrated", "accuracy_ema", "accuracy")
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if any(k in row for k in keys)]
-    return next(rows[-1][key] for key in keys if key in rows[-1])
-
-
-def run_arm(
-    recipe: Recipe, arm: str, seeds: Sequence[int], batch_size: int, seconds: float
-) -> list[str]:
-    """Trains one arm with every seed and returns its row of the table."""
-    accuracies = []
-    for seed in seeds:
-        run = _arm_recipe(recipe, arm, seed)
-        folder = Path(run.output_dir)
-        if not (folder / "last").is_dir():
-            try:
-                result = BackboneTrainer(run).run()
-            except TrainingDiverged as error:
-                return [arm, "diverged", f"seed {seed}: {error}", "-", "-", "-"]
-            if result.signum is not None:
-                raise Stopped(result.signum)
-        accuracies.append(_last_accuracy(folder))
-        print(f"{arm}, seed {seed}: {accuracies[-1]:.2f} %", flush=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = timm.create_model(f"local-dir:{folder / 'last'}", pretrained=True).to(device)
-    parameters = sum(p.numel() for p in model.parameters())
-    sizes = getattr(model, "img_size", None) or model.patch_embed.img_size
-    dtype = torch.bfloat16 if device == "cuda" else None
-    speeds = [
-        images_per_second(network, (3, *sizes), batch_size=batch_size, dtype=dtype, seconds=seconds)
-        for network in (model, fold_norms(model))
-    ]
-    deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-    return [
-        arm,
-        f"{statistics.mean(accuracies):.2f} +- {deviation:.2f}",
-        ", ".join(f"{accuracy:.2f}" for accuracy in accuracies),
-        f"{parameters / 1e6:.2f}",
-        *(f"{speed:.0f}" for speed in speeds),
-    ]
-
-
-def _write(rows: list[list[str]], command: str, file: str | None) -> None:
-    """Prints the last row and writes the table so far."""
-    print(" | ".join(rows[-1]), flush=True)
-    if file is None:
-        return
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    lines = [f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
-    text = "\n".join([*lines, "", f"{device}, torch {torch.__version__}: `{command}`", ""])
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_text(text)
+from lintra.vision.training.config import parse_recipe
+from lintra.vision.training.study import ARMS, DEFAULT_ARMS, Stopped, arm_recipe, table, train_all
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,6 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", required=True, help="the recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=DEFAULT_ARMS, choices=list(ARMS))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--table", help="file for the table, beside printing it")
     parser.add_argument("--throughput-batch", type=int, default=256)
     parser.add_argument("--throughput-seconds", type=float, default=2.0)
@@ -129,19 +38,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, overrides = _parser().parse_known_args(words)
     recipe = parse_recipe(["--config", options.config, *overrides], "backbone_study", "")
     command = f"python -m lintra.tools.backbone_study {shlex.join(words)}"
-    rows: list[list[str]] = []
+    runs = {arm: [arm_recipe(recipe, arm, seed) for seed in options.seeds] for arm in options.arms}
     try:
-        for arm in options.arms:
-            batch, seconds = options.throughput_batch, options.throughput_seconds
-            rows.append(run_arm(recipe, arm, options.seeds, batch, seconds))
-            # At once: a later arm may not end.
-            _write(rows, command, options.table)
+        # One seed of every arm first: a study that is cut short still compares.
+        train_all([run for each in zip(*runs.values(), strict=True) for run in each], options.jobs)
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
-    except (ValueError, FileNotFoundError) as error:
+    except (RuntimeError, ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    text = table(
+        runs, command, batch_size=options.throughput_batch, seconds=options.throughput_seconds
+    )
+    print(text)
+    if options.table is not None:
+        Path(options.table).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.table).write_text(text)
     return 0
 
 

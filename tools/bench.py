@@ -4,6 +4,7 @@ import shlex
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ OPERATIONS = {
     "local_attention": "local_attention",
 }
 MODEL_NAMES = ("inline_deit", "slab_deit", "lit")
-NAMES = (*OPERATIONS, *MODEL_NAMES, "models")
+NAMES = (*OPERATIONS, *MODEL_NAMES, "models", "clear")
 PEERS = ("sdpa", "eager", "compiled", "cudnn", "flex", "timm", "dit")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -39,8 +40,8 @@ def _parser() -> ArgumentParser:
         type=_integers,
         action="append",
         help="a shape instead of the table's, can be repeated; linear_attention: B,N,H,D;"
-        " token_conv2d: B,h,w,C,k[,residual[,per_sample]];"
-        " local_attention: side,radius[,H,D,prefix[,pooled]]; models: pixels,batch",
+        " token_conv2d: B,h,w,C,k[,residual[,per_sample]]; models: pixels,batch; clear:"
+        " pixels,radius; local_attention: side,radius[,H,D,prefix[,pooled]]",
     )
     parser.add_argument("--only", default="", help="cases whose label holds this text")
     parser.add_argument("--direction", nargs="+", choices=("fwd", "bwd", "fwd+bwd"), default=())
@@ -117,14 +118,12 @@ def _settings(options: Namespace) -> "Settings":
 
 
 def _cases(options: Namespace, settings: "Settings") -> "list[Case]":
-    from importlib import import_module
-
     tiny = options.tiny or settings.device.type == "cpu"
     if options.name in OPERATIONS:
         module = import_module(f".benchmark.{OPERATIONS[options.name]}", __package__)
         cases = [module.build(x) for x in options.shape] if options.shape else module.cases(tiny)
     else:
-        from .benchmark import models
+        from .benchmark import clear, models
 
         mode = models.Mode(
             settings.device,
@@ -133,8 +132,9 @@ def _cases(options: Namespace, settings: "Settings") -> "list[Case]":
             training=options.training,
             tiny=tiny,
         )
-        names = MODEL_NAMES if options.name == "models" else (options.name,)
-        cases = models.cases(names, mode, options.shape)
+        name, shapes = options.name, options.shape
+        names = MODEL_NAMES if name == "models" else (name,)
+        cases = clear.cases(mode, shapes) if name == "clear" else models.cases(names, mode, shapes)
     chosen = [case for case in cases if options.only in str(case)]
     if not chosen:
         labels = ", ".join(map(str, cases))

@@ -46,11 +46,27 @@ def _official_dit(options: argparse.Namespace) -> str:
     return f"{report}\nopen with lintra.diffusion.load_pipeline('{options.output}')"
 
 
+def _official_clear(options: argparse.Namespace) -> str:
+    from lintra.diffusion.clear_conversion import convert_clear
+
+    if options.base is None:
+        raise ValueError(f"`--base` must be given for --from {options.source}, got none")
+    report = convert_clear(
+        options.checkpoint,
+        options.output,
+        base=options.base,
+        radius=options.radius,
+        down_factor=options.down_factor,
+    )
+    return f"{report}\nopen with lintra.diffusion.load_pipeline('{options.output}')"
+
+
 # Name of a source -> what converts it and returns the text to print.
 SOURCES: dict[str, Callable[[argparse.Namespace], str]] = {
     "slab": _official_backbone,
     "inline": _official_backbone,
     "dit": _official_dit,
+    "clear": _official_clear,
 }
 
 
@@ -75,6 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     dit.add_argument("--labels", help="JSON file of class names by number")
     dit.add_argument("--num-heads", type=int, help="heads, if not of size S, B, L or XL")
     dit.add_argument("--num-classes", type=int, help="classes, without the one for none")
+    clear = parser.add_argument_group("clear")
+    clear.add_argument("--base", help="folder of the stock FLUX pipeline")
+    clear.add_argument("--radius", type=float, help="if the name of the file does not tell it")
+    clear.add_argument("--down-factor", type=int, help="expect pooling kernels of this size")
     return parser
 
 
@@ -83,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(list(sys.argv[1:] if argv is None else argv))
     try:
         print(SOURCES[options.source](options))
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -12,6 +12,8 @@ from timm.layers import LayerNorm
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
+from lintra.kernels import layer_norm
+
 NORMS = ("ln", "prepbn", "repbn")
 NormFactory = Callable[..., nn.Module]
 
@@ -231,6 +233,20 @@ class PRepBN(nn.Module):
         return (self.mix * normed + (1 - self.mix) * self.repbn(x)).to(x.dtype)
 
 
+@register_notrace_module
+class TokenLayerNorm(LayerNorm):
+    """timm's LayerNorm by `lintra.kernels.layer_norm`, whose kernel is for narrow tokens.
+
+    Under autocast it stays timm's, which gives float32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            return super().forward(x)
+        return layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+
 def norm_factory(name: str, eps: float) -> NormFactory:
     """The constructor ``factory(dim, device=, dtype=)`` of a norm.
 
@@ -242,4 +258,4 @@ def norm_factory(name: str, eps: float) -> NormFactory:
         raise ValueError(f"`norm` must be one of {', '.join(NORMS)}, got {name!r}")
     if name == "repbn":
         return partial(RepBN)
-    return partial({"ln": LayerNorm, "prepbn": PRepBN}[name], eps=eps)
+    return partial({"ln": TokenLayerNorm, "prepbn": PRepBN}[name], eps=eps)

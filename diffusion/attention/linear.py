@@ -66,10 +66,8 @@ class ValueConv2d(nn.Conv2d):
     def forward(  # type: ignore[override]
         self, tokens: Tensor, *, grid: tuple[int, int], residual: Tensor
     ) -> Tensor:
-        assert self.bias is not None
-        repeats = tokens.shape[-1] // self.out_channels
-        weight, bias = self.weight.squeeze(1).repeat(repeats, 1, 1), self.bias.repeat(repeats)
-        return token_conv2d(tokens, weight, bias, grid=grid, residual=residual)
+        weight = self.weight.squeeze(1)
+        return token_conv2d(tokens, weight, self.bias, grid=grid, residual=residual)
 
 
 class LiTAttention(nn.Module, AttentionModuleMixin):

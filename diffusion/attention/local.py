@@ -2,16 +2,20 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from lintra.kernels import local_attention
+
+from .rotary import rotate
+
+if TYPE_CHECKING:
+    from ..row_shards import RowShard
 
 # The tokens of FLUX's training size, 64^2 + 512: there proportional attention changes nothing.
 _TRAINING_TOKENS = 4608
@@ -105,6 +109,7 @@ class ClearAttnProcessor(nn.Module):
         radius: float | None = None,
         proportional_scale: bool = False,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
+        shard: "RowShard | None" = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of one layer. The modules of diffusers read this signature.
 
@@ -118,6 +123,7 @@ class ClearAttnProcessor(nn.Module):
             radius: of the disc, in tokens.
             proportional_scale: use `proportional_attention_scale` instead of ``1 / sqrt(D)``.
             rotary_emb: takes the place of `image_rotary_emb`.
+            shard: the image tokens are the rows of one rank, of a grid `spatial_shape`.
 
         Returns:
             Image tokens and text tokens for a joint layer, otherwise all tokens.
@@ -137,17 +143,20 @@ class ClearAttnProcessor(nn.Module):
             )
         tables = image_rotary_emb if rotary_emb is None else rotary_emb
         if tables is not None:
-            query, key = (
-                apply_rotary_emb(tokens, tables, sequence_dim=1) for tokens in (query, key)
-            )
+            query, key = rotate(query, key, tables)
         # Under autocast the norms give float32, the projections do not.
         query, key = query.to(value.dtype), key.to(value.dtype)
 
-        out = self._attend(query, key, value, spatial_shape, radius, proportional_scale).flatten(2)
+        settings = (spatial_shape, radius, proportional_scale)
+        if shard is None:
+            out = self._attend(query, key, value, *settings).flatten(2)
+        else:
+            out = self._attend_sharded(query, key, value, *settings, shard).flatten(2)
         if encoder_hidden_states is None:
             return out if attn.pre_only else _project_out(attn, out)
         num_text = encoder_hidden_states.shape[1]
-        text_out, image_out = out[:, :num_text], out[:, num_text:]
+        # Contiguous, as they are for one sample: otherwise the bias is added in a pass of its own.
+        text_out, image_out = (x.contiguous() for x in (out[:, :num_text], out[:, num_text:]))
         if not attn.context_pre_only:
             text_out = attn.to_add_out(text_out)
         return _project_out(attn, image_out), text_out
@@ -200,6 +209,57 @@ class ClearAttnProcessor(nn.Module):
         )
         assert isinstance(out, Tensor)
         return out
+
+    def _attend_sharded(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        spatial_shape: tuple[int, int] | None,
+        radius: float | None,
+        proportional_scale: bool,
+        shard: "RowShard",
+    ) -> Tensor:
+        """As `_attend`, on the text and the rows of this rank."""
+        from ..parallel import parallel_local_attention
+        from ..row_shards import gather_tokens
+
+        assert spatial_shape is not None  # the model that made the shard
+        assert radius is not None
+        height, width = spatial_shape
+        num_text = query.shape[1] - len(shard.rows) * width
+        pooled = self.spatial_weight is not None
+        scale = None
+        if proportional_scale:
+            count = num_text + height * width
+            scale = proportional_attention_scale(count, query.shape[-1], pooled)
+        extra_key = extra_value = None
+        if self.down_factor is not None:
+            factor = self.down_factor
+            counts = [len(rows) // factor * (width // factor) for rows in shard.split]
+            own = (len(shard.rows), width)
+            extra_key, extra_value = (
+                gather_tokens(
+                    super(ClearAttnProcessor, self).__call__(tokens[:, num_text:], own),
+                    counts,
+                    shard.group,
+                )
+                for tokens in (key, value)
+            )
+        return parallel_local_attention(
+            query,
+            key,
+            value,
+            grid=spatial_shape,
+            # A disc as wide as the image is full attention.
+            radius=height + width if self.full_attention else radius,
+            num_prefix=num_text,
+            scale=scale,
+            extra_key=extra_key,
+            extra_value=extra_value,
+            split=shard.split,
+            group=shard.group,
+        )
 
     def extra_repr(self) -> str:
         return f"down_factor={self.down_factor}, full_attention={self.full_attention}"

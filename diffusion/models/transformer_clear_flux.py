@@ -1,6 +1,6 @@
 """FLUX with the local attention of CLEAR (Liu et al. 2024, arXiv:2412.16112)."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .clear import ClearMixin, check_spatial_shape
 from .image_ids import exact_ids, grid_of_ids
+
+if TYPE_CHECKING:
+    from ..row_shards import RowShard
 
 _ROPE_THETA = 10000
 
@@ -24,6 +27,9 @@ class ClearFluxTransformer2DModel(ClearMixin, FluxTransformer2DModel):
     `joint_attention_kwargs` may set for one call: `radius`, `proportional_scale`, `ntk_factor`
     and ``spatial_shape``, the grid ``(h, w)`` in tokens. The grid otherwise comes from `img_ids`,
     for which the host waits for the device; pass it to compile the model as one graph.
+    ``process_group`` splits the rows of the image over the ranks of a torch.distributed group, to
+    sample one image on several devices: each rank calls with the same inputs and gets the same
+    output.
 
     Args (beyond `FluxTransformer2DModel`):
         radius: of the disc, in tokens of 16 x 16 pixels; at least 1. The paper has 8, 16, 32.
@@ -106,6 +112,7 @@ class ClearFluxTransformer2DModel(ClearMixin, FluxTransformer2DModel):
         Raises:
             ValueError: the grid does not hold the tokens, or `img_ids` do not number one; what
                 the processors and `local_attention` refuse.
+            NotImplementedError: a `process_group` while gradients are recorded.
         """
         if img_ids is None or txt_ids is None:
             raise ValueError("`img_ids` and `txt_ids` must be tensors (N, 3), got None")
@@ -118,11 +125,22 @@ class ClearFluxTransformer2DModel(ClearMixin, FluxTransformer2DModel):
             spatial_shape = check_spatial_shape(grid_of_ids(img_ids), num_tokens)
         img_ids = exact_ids(img_ids, spatial_shape)
 
+        group = kwargs.pop("process_group", None)
+        if group is not None:
+            shard = self._shard(spatial_shape, group)
+            call["shard"] = shard
+            own = slice(shard.rows.start * spatial_shape[1], shard.rows.stop * spatial_shape[1])
+            hidden_states, img_ids = hidden_states[:, own], img_ids[own]
+            controlnet_block_samples, controlnet_single_block_samples = (
+                None if samples is None else [sample[:, own] for sample in samples]
+                for samples in (controlnet_block_samples, controlnet_single_block_samples)
+            )
+
         ntk_factor = call.pop("ntk_factor")
         if ntk_factor != self.config.ntk_factor:
             ids = torch.cat([txt_ids, img_ids])
             call["rotary_emb"] = self._rotary(ntk_factor)(ids)
-        return super().forward(
+        output = super().forward(
             hidden_states=hidden_states,
             encoder_hidden_states=encoder_hidden_states,
             pooled_projections=pooled_projections,
@@ -133,6 +151,26 @@ class ClearFluxTransformer2DModel(ClearMixin, FluxTransformer2DModel):
             joint_attention_kwargs={**kwargs, **call, "spatial_shape": spatial_shape},
             controlnet_block_samples=controlnet_block_samples,
             controlnet_single_block_samples=controlnet_single_block_samples,
-            return_dict=return_dict,
+            return_dict=False,
             controlnet_blocks_repeat=controlnet_blocks_repeat,
         )
+        if group is not None:
+            output = (self._gather(output[0], spatial_shape, shard), *output[1:])
+        return Transformer2DModelOutput(sample=output[0]) if return_dict else output
+
+    def _shard(self, spatial_shape: tuple[int, int], group: Any) -> "RowShard":
+        from ..row_shards import RowShard, row_split
+
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "`process_group` must be None while gradients are recorded: only sampling is split"
+            )
+        multiple = self.config.down_factor or 1
+        return RowShard(row_split(spatial_shape[0], group.size(), multiple), group)
+
+    @staticmethod
+    def _gather(tokens: Tensor, spatial_shape: tuple[int, int], shard: "RowShard") -> Tensor:
+        from ..row_shards import gather_tokens
+
+        counts = [len(rows) * spatial_shape[1] for rows in shard.split]
+        return gather_tokens(tokens, counts, shard.group)

@@ -126,6 +126,8 @@ class ClearSD3Transformer2DModel(ClearMixin, SD3Transformer2DModel):
         grid = (height // patch, width // patch)
         kwargs, call = self._call_arguments(joint_attention_kwargs)
         self._check_ntk_factor(call.pop("ntk_factor"))
+        if kwargs.pop("process_group", None) is not None:
+            raise NotImplementedError("`process_group` must be None: SD3 is not split over devices")
         if check_spatial_shape(kwargs.get("spatial_shape", grid), grid[0] * grid[1]) != grid:
             raise ValueError(
                 f"`spatial_shape` must be that of the latents, {grid}, got"

@@ -1,6 +1,7 @@
 """How an operator of the namespace `lintra` is registered, and how its gradient is called."""
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -20,8 +21,12 @@ def register(name: str, schema: str, launcher: str, fake: Callable[..., Any]) ->
     qualified = f"lintra::{name}"
     module, function = launcher.split(":")
 
+    @cache
+    def resolved() -> Callable[..., Any]:
+        return getattr(import_module(module), function)
+
     def launch(*args: Any) -> Any:
-        return getattr(import_module(module), function)(*args)
+        return resolved()(*args)
 
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
     # The CPU runs kernels in Triton's interpreter; `api` lets nothing else come here.

@@ -24,53 +24,64 @@ def token_conv2d(
     *,
     grid: tuple[int, int],
     residual: Tensor | None = None,
+    num_prefix_tokens: int = 0,
     impl: str = "auto",
 ) -> Tensor:
     """Same-padded depthwise 2-D convolution of tokens, added to `residual` in the same pass.
 
-    ``out[b, y, x, c] = residual[b, y, x, c] + bias[c]
-    + sum_{dy, dx} weight[c, dy, dx] tokens[b, y + dy - k // 2, x + dx - k // 2, c]``, zeros outside
-    the grid (cross-correlation, as everywhere in deep learning).
+    ``out[b, y, x, c] = residual[b, y, x, c] + bias[f]
+    + sum_{dy, dx} weight[f, dy, dx] tokens[b, y + dy - k // 2, x + dx - k // 2, c]``, f = c mod F,
+    zeros outside the grid (cross-correlation, as everywhere in deep learning). Leading tokens off
+    the grid are not convolved: there out is the residual, or zero.
 
     The local term of linear attention: 5x5 on the values in SLA (Guo et al. 2024,
     arXiv:2405.11582) and LiT (Wang et al. 2025, arXiv:2501.12976), 3x3 with a kernel per
     sample in InLine (Han et al. 2024, arXiv:2412.06590).
 
     Args:
-        tokens: ``(B, h * w, C)``, row-major on `grid`; any floating dtype, any strides.
-        weight: ``(C, k, k)``, or ``(B, C, k, k)`` for one kernel per sample; k odd. Its floating
-            dtype may differ from that of the tokens (float32 parameters under autocast).
-        bias: ``(C)``, any floating dtype.
+        tokens: ``(B, N, C)``, N = num_prefix_tokens + h * w, row-major on `grid`; any floating
+            dtype, any strides.
+        weight: ``(F, k, k)``, or ``(B, F, k, k)`` for one kernel per sample; k odd. F = C, or a
+            divisor of C for filters that heads of F channels share. Its floating dtype may differ
+            from that of the tokens (float32 parameters under autocast).
+        bias: ``(F)``, any floating dtype.
         grid: ``(h, w)``, in tokens.
-        residual: ``(B, h * w, C)``, added to the result.
+        residual: ``(B, N, C)``, added to the result.
+        num_prefix_tokens: tokens before those of the grid (a class token).
         impl: ``auto``, ``reference`` (PyTorch, any device) or ``triton``. ``auto`` takes the
             Triton kernels on CUDA for float16, bfloat16 and float32 and k <= 7. They
             differentiate once; under `torch.func` use ``reference``.
 
     Returns:
-        ``(B, h * w, C)`` in ``tokens.dtype``; sums are float32 (float64 for float64 inputs).
+        ``(B, N, C)`` in ``tokens.dtype``; sums are float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes or devices disagree, an even kernel size, a grid that does not hold the
-            tokens.
+        ValueError: shapes or devices disagree, an even kernel size, filters that do not divide the
+            channels, a grid that does not hold the tokens, a negative number of prefix tokens.
         TypeError: dtypes that are not floating point or differ.
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
     check_choice("impl", impl, IMPLEMENTATIONS)
     check_tensor("tokens", tokens, "(B, N, C)")
     batch, num_tokens, channels = tokens.shape
-    height, width = check_grid(grid, num_tokens)
+    if num_prefix_tokens < 0:
+        raise ValueError(f"`num_prefix_tokens` must be 0 or more, got {num_prefix_tokens}")
+    height, width = check_grid(grid, num_tokens - num_prefix_tokens)
     per_sample = isinstance(weight, Tensor) and weight.ndim == 4
-    layout = "(B, C, k, k)" if per_sample else "(C, k, k)"
+    layout = "(B, F, k, k)" if per_sample else "(F, k, k)"
     check_tensor("weight", weight, layout, like=tokens, any_dtype=True)
-    size = weight.shape[-1]
-    kernel_shape = (channels, size, size)
+    filters, size = weight.shape[-3], weight.shape[-1]
+    kernel_shape = (filters, size, size)
     check_shape("weight", weight, (batch, *kernel_shape) if per_sample else kernel_shape, layout)
     if size % 2 == 0:
         raise ValueError(f"`weight` must have an odd kernel size, got {size}")
+    if filters == 0 or channels % filters:
+        raise ValueError(
+            f"`weight` must have filters that divide the {channels} channels, got {filters}"
+        )
     if bias is not None:
-        check_tensor("bias", bias, "(C)", like=tokens, any_dtype=True)
-        check_shape("bias", bias, (channels,), "(C)")
+        check_tensor("bias", bias, "(F)", like=tokens, any_dtype=True)
+        check_shape("bias", bias, (filters,), "(F)")
     if residual is not None:
         check_tensor("residual", residual, "(B, N, C)", like=tokens)
         check_shape("residual", residual, tokens.shape, "(B, N, C)")
@@ -80,4 +91,7 @@ def token_conv2d(
         raise NotImplementedError(f"`impl` must not be 'triton' for token_conv2d: {reason}")
     kernel = takes_kernel(impl, tokens, reason)
     convolve = token_conv2d_triton if kernel else token_conv2d_reference
-    return convolve(tokens, weight, bias, grid=(height, width), residual=residual)
+    return convolve(
+        tokens, weight, bias, grid=(height, width), residual=residual,
+        num_prefix_tokens=num_prefix_tokens,
+    )  # fmt: skip

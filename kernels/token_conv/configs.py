@@ -1,10 +1,11 @@
 """Launch tables of the token convolution.
 
-Keys: (architecture, kernel size); unlisted ones take the row of architecture 0. Size 5 and below
-were measured on one H100 80GB HBM3, torch 2.11, triton 3.6, 2026-11-24.
+Keys: (architecture, kernel size); unlisted ones take the row of architecture 0. Size 5 was measured
+on one H100 80GB HBM3, torch 2.11, triton 3.6, 2026-11-24, and its neighbours follow it.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor
 
@@ -14,27 +15,45 @@ from .._common.pinning import pin_or
 
 @dataclass(frozen=True)
 class Launch:
-    """A program takes `columns` x `channels`, `vector` channels a thread, and walks down `rows`."""
+    """How a kernel is cut into programs.
 
-    columns: int
-    channels: int
+    Args:
+        columns: widths of a tile to choose from; its columns wait in registers side by side.
+        lanes: channels a program takes, over samples where a sample has fewer.
+        vector: channels a thread reads at once.
+        warps: of a program.
+        programs: that run on a multiprocessor at a time, which the registers decide.
+        registers: at most, of a thread; None leaves it to the compiler.
+    """
+
+    columns: tuple[int, ...]
+    lanes: int
     vector: int
     warps: int
-    rows: int
-    stages: int = 1
+    programs: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What only some launches pass to Triton."""
+        return {} if self.registers is None else {"maxnreg": self.registers}
 
 
 Table = dict[tuple[int, int], Launch]
 
 FWD: Table = {
-    (0, 5): Launch(8, 64, 2, 4, 16),
-    (0, 7): Launch(4, 32, 1, 4, 16),
+    (0, 3): Launch((4, 7, 8), 64, 2, 1, 16, 128),
+    (0, 5): Launch((4, 7, 8), 64, 2, 1, 12, 168),
+    (0, 7): Launch((4,), 32, 1, 1, 12, 168),
 }
 BWD_WEIGHT: Table = {
-    (0, 5): Launch(8, 64, 2, 4, 16),
-    (0, 7): Launch(4, 32, 1, 4, 16),
+    (0, 3): Launch((4, 7, 8), 64, 2, 1, 12, 168),
+    (0, 5): Launch((4, 7, 8), 64, 2, 1, 8),
+    (0, 7): Launch((4,), 32, 1, 1, 8),
 }
 TABLES: dict[str, Table] = {"conv_fwd": FWD, "conv_bwd_weight": BWD_WEIGHT}
+# Of the kernel that adds partial gradients up.
+REDUCE_ROWS, REDUCE_FILTERS = 128, 32
 # Beyond, the weights of even one channel do not fit in the registers of a thread.
 MAX_SIZE = 7
 
@@ -49,7 +68,38 @@ def launch_of(name: str, tokens: Tensor, size: int) -> Launch:
     raise AssertionError(f"no launch of {name} for kernel size {size}")
 
 
-def rows_of(launch: Launch, programs: int, height: int, tokens: Tensor) -> int:
-    """Rows a program walks down: fewer than the table says where programs are few."""
-    wanted = 8 * multiprocessors(tokens) / max(programs, 1)
-    return max(4, min(launch.rows, round(height / max(wanted, 1))))
+def columns_of(launch: Launch, width: int) -> int:
+    """The tile that leaves the fewest columns empty, the widest of equals."""
+    return min(launch.columns, key=lambda columns: (-(-width // columns) * columns, -columns))
+
+
+def slots_of(launch: Launch, tokens: Tensor) -> int:
+    """Programs that run at a time. One more starts another wave, most of which is idle."""
+    return max(1, launch.programs * multiprocessors(tokens))
+
+
+@cache
+def rows_of(slots: int, programs: int, height: int, size: int) -> int:
+    """Rows a program walks down, so that the waves of programs together take the fewest steps:
+    `programs` are those of whole columns, and a range of rows reads a border above and below."""
+
+    def steps(ranges: int) -> int:
+        border = 2 * (size // 2) if ranges > 1 else 0
+        return -(-programs * ranges // slots) * (-(-height // ranges) + border)
+
+    ranges = min(range(1, max(1, height // 4) + 1), key=steps)
+    return -(-height // ranges)
+
+
+@cache
+def groups_of(slots: int, programs: float, batch: int) -> int:
+    """Samples that are summed by themselves while `programs` sum one: as few as take no more
+    steps, since each writes its partial sums."""
+
+    def steps(rounds: int) -> tuple[int, int]:
+        waves = -(-(-(-batch // rounds) * programs) // slots)
+        return int(waves) * rounds, -rounds
+
+    fewest = int(-(-batch * programs // slots))
+    rounds = min(range(1, max(1, min(batch, fewest + 1)) + 1), key=steps)
+    return -(-batch // rounds)

@@ -10,27 +10,29 @@ from .._common.operators import first_derivative, needs_gradient, register
 
 def _fwd_shapes(
     tokens: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-    height: int, width: int,
+    prefix: int, height: int, width: int,
 ) -> Tensor:  # fmt: skip
     return tokens.new_empty(tokens.shape)
 
 
-def _bwd_tokens_shapes(d_out: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
+def _bwd_tokens_shapes(
+    d_out: Tensor, weight: Tensor, prefix: int, height: int, width: int
+) -> Tensor:
     return d_out.new_empty(d_out.shape)
 
 
 def _bwd_weight_shapes(
-    d_out: Tensor, tokens: Tensor, size: int, per_sample: bool, height: int, width: int
-) -> tuple[Tensor, Tensor]:
-    batch, _, channels = tokens.shape
-    shape = (batch, channels, size, size) if per_sample else (channels, size, size)
+    d_out: Tensor, tokens: Tensor, filters: int, size: int, per_sample: bool,
+    prefix: int, height: int, width: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    lead = (tokens.shape[0],) if per_sample else ()
     return (
-        tokens.new_empty(shape, dtype=torch.float32),
-        tokens.new_empty((channels,), dtype=torch.float32),
+        tokens.new_empty((*lead, filters, size, size), dtype=torch.float32),
+        tokens.new_empty((filters,), dtype=torch.float32),
     )
 
 
-_GRID = "SymInt height, SymInt width"
+_GRID = "int prefix, SymInt height, SymInt width"
 register(
     "token_conv2d_fwd",
     f"(Tensor tokens, Tensor weight, Tensor? bias, Tensor? residual, {_GRID}) -> Tensor",
@@ -45,7 +47,8 @@ register(
 )
 register(
     "token_conv2d_bwd_weight",
-    f"(Tensor d_out, Tensor tokens, int size, bool per_sample, {_GRID}) -> (Tensor, Tensor)",
+    f"(Tensor d_out, Tensor tokens, int filters, int size, bool per_sample, {_GRID})"
+    " -> (Tensor, Tensor)",
     f"{__package__}.triton_bwd:token_conv2d_bwd_weight",
     _bwd_weight_shapes,
 )
@@ -55,12 +58,12 @@ class _TokenConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-        height: int, width: int,
+        *grid: int,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(tokens, weight)
-        ctx.grid = (height, width)
+        ctx.grid = grid
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return torch.ops.lintra.token_conv2d_fwd(tokens, weight, bias, residual, height, width)
+        return torch.ops.lintra.token_conv2d_fwd(tokens, weight, bias, residual, *grid)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -72,11 +75,11 @@ class _TokenConv2d(torch.autograd.Function):
             d_tokens = first_derivative("token_conv2d", bwd, d_out, weight, *ctx.grid)
         if needs_weight or needs_bias:
             bwd = torch.ops.lintra.token_conv2d_bwd_weight
-            sizes = (weight.shape[-1], weight.ndim == 4, *ctx.grid)
+            sizes = (*weight.shape[-3:-1], weight.ndim == 4, *ctx.grid)
             d_weight, d_bias = first_derivative("token_conv2d", bwd, d_out, tokens, *sizes)
             d_weight = d_weight.to(weight.dtype) if needs_weight else None
             d_bias = d_bias.to(ctx.bias_dtype) if needs_bias else None
-        return d_tokens, d_weight, d_bias, d_out if needs_residual else None, None, None
+        return d_tokens, d_weight, d_bias, d_out if needs_residual else None, None, None, None
 
 
 def token_conv2d_triton(
@@ -86,9 +89,10 @@ def token_conv2d_triton(
     *,
     grid: tuple[int, int],
     residual: Tensor | None,
+    num_prefix_tokens: int,
 ) -> Tensor:
     """The operation of `api.token_conv2d` by the Triton kernels."""
-    arguments = (tokens, weight, bias, residual, *grid)
+    arguments = (tokens, weight, bias, residual, num_prefix_tokens, *grid)
     if needs_gradient(tokens, weight, bias, residual):
         return _TokenConv2d.apply(*arguments)
     return torch.ops.lintra.token_conv2d_fwd(*arguments)

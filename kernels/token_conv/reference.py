@@ -1,5 +1,6 @@
 """Depthwise token convolution in plain PyTorch: runs on every device, serves as the oracle."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,15 +36,23 @@ def token_conv2d_reference(
     *,
     grid: tuple[int, int],
     residual: Tensor | None,
+    num_prefix_tokens: int,
 ) -> Tensor:
     """The operation of `api.token_conv2d`."""
     dtype = accumulation_dtype(tokens.dtype)
     conv = _static_conv if weight.ndim == 3 else _per_sample_conv
+    repeats = tokens.shape[-1] // weight.shape[-3]
     with no_autocast(tokens.device.type):
-        image = tokens.to(dtype).transpose(1, 2).unflatten(2, grid)  # (B, C, h, w), channels last
-        out = conv(image, weight.to(dtype)).flatten(2).transpose(1, 2)  # (B, N, C)
+        patches = tokens[:, num_prefix_tokens:].to(dtype)
+        image = patches.transpose(1, 2).unflatten(2, grid)  # (B, C, h, w), channels last
+        weight = weight.to(dtype)
+        if repeats > 1:
+            weight = torch.cat([weight] * repeats, dim=-3)
+        out = conv(image, weight).flatten(2).transpose(1, 2)  # (B, h * w, C)
         if bias is not None:
-            out = out + bias.to(dtype)
+            out = out + bias.to(dtype).repeat(repeats)
+        if num_prefix_tokens:
+            out = F.pad(out, (0, 0, num_prefix_tokens, 0))
         if residual is not None:
             out = out + residual.to(dtype)
         return out.to(tokens.dtype)

@@ -6,98 +6,129 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._common.launch import device_guard, empty, unit_last
+from .._common.launch import ceil_div, device_guard, empty, unit_last
 from . import configs
+from .triton_blocks import lanes_of, load_row, widened
 
 
 @triton.jit
-def tile_mask(m_x, m_c, WHOLE: tl.constexpr):
-    """Mask of a tile; without that of channels, which would split its loads, where none is cut."""
-    mask = m_x[:, None]
-    if not WHOLE:
-        mask = mask & m_c[None, :]
-    return mask
-
-
-@triton.jit
-def load_taps(p_weight, o_c, m_c, SIZE: tl.constexpr, FLIPPED: tl.constexpr):
-    """All SIZE * SIZE weights of a block of channels, in float32, row by row."""
-    taps = ()
-    for tap in tl.static_range(SIZE * SIZE):
-        place = (SIZE * SIZE - 1 - tap) if FLIPPED else tap
-        weight = tl.load(p_weight + o_c * (SIZE * SIZE) + place, mask=m_c, other=0.0)
-        taps = taps + (weight.to(tl.float32),)  # noqa: RUF005 - Triton knows no starred tuples
-    return taps
+def _store_row(
+    p_o, row, added, left, width, m_l,
+    STRIDE: tl.constexpr, RESIDUAL: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    for j in tl.static_range(COLUMNS):
+        out = row[j]
+        if RESIDUAL:
+            out += added[j].to(tl.float32)
+        tl.store(p_o + j * STRIDE, out.to(p_o.dtype.element_ty), mask=m_l & (left + j < width))
 
 
 @triton.jit(
     do_not_specialize=[
-        "height", "width", "channels", "rows_per_program", "x_sb", "x_sn", "w_sb", "r_sb", "r_sn",
+        "batch", "height", "width", "channels", "filters", "prefix", "blocks", "tiles",
+        "rows_per_program", "biased", "w_first", "x_sb", "w_sb", "r_sb",
     ]
 )  # fmt: skip
 def _token_conv2d_fwd_kernel(
-    p_x, p_weight, p_bias, p_residual, p_o, height, width, channels, rows_per_program,
-    x_sb, x_sn, w_sb, r_sb, r_sn,
-    SIZE: tl.constexpr, BIASED: tl.constexpr, RESIDUAL: tl.constexpr, FLIPPED: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr, VECTOR: tl.constexpr, WHOLE: tl.constexpr,
+    p_x, p_weight, p_bias, p_residual, p_o, batch, height, width, channels, filters, prefix,
+    blocks, tiles, rows_per_program, biased, w_first, x_sb, w_sb, w_sf, w_st, r_sb,
+    X_SN: tl.constexpr, R_SN: tl.constexpr, O_SN: tl.constexpr,
+    SIZE: tl.constexpr, RESIDUAL: tl.constexpr,
+    COLUMNS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """o[y, x] = r[y, x] + b + sum w[dy, dx] x[y + dy - P, x + dx - P]. Grid (blocks of channels *
-    tiles of columns, ranges of rows, B): a program walks down its rows; each input row is read
-    once and added to the SIZE output rows it belongs to, which wait in registers."""
+    """o[y, x] = r[y, x] + b + sum w[dy, dx] x[y + dy - P, x + dx - P]; prefix tokens are r alone.
+    Grid (ranges of rows * tiles of columns * blocks of lanes): a program walks down its rows; each
+    input row is read once and added to the SIZE output rows it belongs to, which wait in
+    registers. The next row is on its way meanwhile."""
     PAD: tl.constexpr = SIZE // 2
-    blocks = tl.cdiv(channels, BLOCK_C)
     block = tl.program_id(0) % blocks
-    batch = tl.program_id(2).to(tl.int64)
-    # Strides known as multiples of VECTOR and no more: accesses are that wide, and a thread keeps
-    # the weights of so few channels that they fit in its registers.
-    x_sn = (x_sn * VECTOR).to(tl.int64)
-    r_sn = (r_sn * VECTOR).to(tl.int64)
-    o_sn = ((channels // VECTOR) * VECTOR).to(tl.int64)
-    o_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < channels
-    o_x = (tl.program_id(0) // blocks) * BLOCK_X + tl.arange(0, BLOCK_X)
-    m_o = tile_mask(o_x < width, m_c, WHOLE)
-    first = tl.program_id(1) * rows_per_program
+    rest = tl.program_id(0) // blocks
+    left = (rest % tiles) * COLUMNS
+    first = (rest // tiles) * rows_per_program
     last = tl.minimum(first + rows_per_program, height)
-    p_x += batch * x_sb * VECTOR
-    p_residual += batch * r_sb * VECTOR
-    p_o += batch * height * width * o_sn
-    taps = load_taps(p_weight + batch * w_sb, o_c, m_c, SIZE, FLIPPED)
-    bias = tl.zeros((BLOCK_C,), tl.float32)
-    if BIASED:
-        bias = tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)
+    o_b, o_c = lanes_of(block.to(tl.int64) * LANES, channels, LANES, VECTOR)
+    m_l = o_b < batch
+    # Strides of samples are given in multiples of VECTOR, so that the compiler knows them aligned.
+    p_x += o_b * (x_sb.to(tl.int64) * VECTOR) + o_c + prefix * X_SN
+    p_residual += o_b * (r_sb.to(tl.int64) * VECTOR) + o_c + prefix * R_SN
+    p_o += o_b * ((prefix + height * width).to(tl.int64) * O_SN) + o_c + prefix * O_SN
+    o_f = tl.max_contiguous(tl.multiple_of(o_c % filters, VECTOR), VECTOR)
+    p_weight += o_b * w_sb + o_f * w_sf + w_first
+    taps = ()
+    for tap in tl.static_range(SIZE * SIZE):
+        weight = tl.load(p_weight + tap * w_st, mask=m_l, other=0.0)
+        taps = taps + (weight.to(tl.float32),)  # noqa: RUF005 - Triton knows no starred tuples
+    bias = tl.load(p_bias + o_f, mask=m_l & (biased > 0), other=0.0).to(tl.float32)
 
+    start = tl.maximum(first - PAD, 0)
+    stop = tl.minimum(last + PAD, height)
     waiting = ()
-    for _ in tl.static_range(SIZE):
-        waiting = waiting + (tl.zeros((BLOCK_X, BLOCK_C), tl.float32),)  # noqa: RUF005
-    for y in range(first - PAD, last + PAD):
-        m_y = (y >= 0) & (y < height)
-        p_row = p_x + y * (width * x_sn)
-        for dx in tl.static_range(SIZE):
-            o_in = o_x + (dx - PAD)
-            mask = tile_mask(m_y & (o_in >= 0) & (o_in < width), m_c, WHOLE)
-            x = tl.load(p_row + o_in[:, None] * x_sn + o_c[None, :], mask=mask, other=0.0)
-            x = x.to(tl.float32)
-            added = ()
-            for row in tl.static_range(SIZE):
-                tap = taps[(SIZE - 1 - row) * SIZE + dx]
-                added = added + (waiting[row] + x * tap[None, :],)  # noqa: RUF005
-            waiting = added
+    for _ in tl.static_range(SIZE * COLUMNS):
+        waiting = waiting + (bias,)  # noqa: RUF005
+    row = load_row(p_x, start, 0, stop, left, width, m_l, X_SN, PAD, COLUMNS)
+    for y in range(start, stop):
+        following = load_row(p_x, y + 1, 0, stop, left, width, m_l, X_SN, PAD, COLUMNS)
         done = y - PAD
+        if RESIDUAL:
+            added = load_row(p_residual, done, first, last, left, width, m_l, R_SN, 0, COLUMNS)
+        else:
+            added = row
+        wide = widened(row)
+        # Sums that do not wait for each other side by side.
+        sums = waiting
+        for dx in tl.static_range(SIZE):
+            more = ()
+            for i in tl.static_range(SIZE):
+                for j in tl.static_range(COLUMNS):
+                    product = wide[j + dx] * taps[(SIZE - 1 - i) * SIZE + dx]
+                    more = more + (sums[i * COLUMNS + j] + product,)  # noqa: RUF005
+            sums = more
         if done >= first:
-            o_out = o_x[:, None] * o_sn + o_c[None, :]
-            out = waiting[0] + bias[None, :]
+            p_done = p_o + (done * width + left).to(tl.int64) * O_SN
+            _store_row(p_done, sums, added, left, width, m_l, O_SN, RESIDUAL, COLUMNS)
+        waiting = sums[COLUMNS:]
+        for _ in tl.static_range(COLUMNS):
+            waiting = waiting + (bias,)  # noqa: RUF005
+        row = following
+    # Rows whose last neighbours would lie below the grid.
+    for i in tl.static_range(PAD):
+        done = stop - PAD + i
+        if (done >= first) & (done < last):
             if RESIDUAL:
-                p_r = p_residual + done * (width * r_sn)
-                o_r = o_x[:, None] * r_sn + o_c[None, :]
-                out += tl.load(p_r + o_r, mask=m_o, other=0.0).to(tl.float32)
-            tl.store(p_o + done * (width * o_sn) + o_out, out.to(p_o.dtype.element_ty), mask=m_o)
-        waiting = waiting[1:] + (tl.zeros((BLOCK_X, BLOCK_C), tl.float32),)  # noqa: RUF005
+                added = load_row(p_residual, done, first, last, left, width, m_l, R_SN, 0, COLUMNS)
+            else:
+                added = row
+            p_done = p_o + (done * width + left).to(tl.int64) * O_SN
+            sums = waiting[i * COLUMNS : (i + 1) * COLUMNS]
+            _store_row(p_done, sums, added, left, width, m_l, O_SN, RESIDUAL, COLUMNS)
+    if (left == 0) & (first == 0):
+        for token in range(-prefix, 0):
+            out = tl.zeros((LANES,), tl.float32)
+            if RESIDUAL:
+                out += tl.load(p_residual + token * R_SN, mask=m_l, other=0.0).to(tl.float32)
+            tl.store(p_o + token * O_SN, out.to(p_o.dtype.element_ty), mask=m_l)
+
+
+def token_stride(tokens: Tensor) -> int:
+    """Stride between tokens; where there is one token only, it may be anything."""
+    return tokens.stride(1) if tokens.shape[1] > 1 else tokens.shape[2]
+
+
+def _taps(weight: Tensor, size: int) -> tuple[Tensor, tuple[int, int, int]]:
+    """The weights and their strides between samples, filters and taps."""
+    if weight.ndim == 4:
+        weight = weight.contiguous()
+        return weight, (weight.stride(0), size * size, 1)
+    if size < 5:
+        return weight.contiguous(), (0, size * size, 1)
+    # Neighbouring channels side by side: else each of the many loads touches many cache lines.
+    weight = weight.flatten(1).t().contiguous()
+    return weight, (0, 1, weight.stride(0))
 
 
 def convolve(
     tokens: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-    height: int, width: int, *, flipped: bool = False,
+    prefix: int, height: int, width: int, *, flipped: bool = False,
 ) -> Tensor:  # fmt: skip
     """`api.token_conv2d` on checked tensors; with `flipped` weights, its transpose."""
     batch, num_tokens, channels = tokens.shape
@@ -106,36 +137,43 @@ def convolve(
         return out
     tokens = unit_last(tokens)
     residual = None if residual is None else unit_last(residual)
-    weight = weight.contiguous()
-    size = weight.shape[-1]
+    filters, size = weight.shape[-3], weight.shape[-1]
     launch = configs.launch_of("conv_fwd", tokens, size)
-    tiles = triton.cdiv(width, launch.columns)
-    programs = triton.cdiv(channels, launch.channels) * tiles
-    rows = configs.rows_of(launch, programs * batch, height, tokens)
-    strides = [*tokens.stride()[:2], *(residual.stride()[:2] if residual is not None else (0, 0))]
-    vector = math.gcd(launch.vector, channels, *strides)
-    x_sb, x_sn, r_sb, r_sn = (stride // vector for stride in strides)
+    columns = configs.columns_of(launch, width)
+    tiles = ceil_div(width, columns)
+    blocks = ceil_div(batch * channels, launch.lanes)
+    rows = configs.rows_of(configs.slots_of(launch, tokens), blocks * tiles, height, size)
+    x_sb, x_sn = tokens.stride(0), token_stride(tokens)
+    r_sb, r_sn = (0, 0) if residual is None else (residual.stride(0), token_stride(residual))
+    vector = math.gcd(launch.vector, channels, filters, x_sb, x_sn, r_sb, r_sn)
+    taps, (w_sb, w_sf, w_st) = _taps(weight, size)
+    w_first = 0
+    if flipped:  # from the last tap backwards
+        w_first, w_st = (size * size - 1) * w_st, -w_st
     with device_guard(tokens):
-        _token_conv2d_fwd_kernel[(programs, triton.cdiv(height, rows), batch)](
-            tokens, weight, weight if bias is None else bias.contiguous(),
-            tokens if residual is None else residual, out, height, width, channels, rows,
-            x_sb, x_sn, weight.stride(0) if weight.ndim == 4 else 0, r_sb, r_sn,
-            SIZE=size, BIASED=bias is not None, RESIDUAL=residual is not None, FLIPPED=flipped,
-            BLOCK_X=launch.columns, BLOCK_C=launch.channels, VECTOR=vector,
-            WHOLE=channels % launch.channels == 0,
-            num_warps=launch.warps, num_stages=launch.stages,
+        _token_conv2d_fwd_kernel[(blocks * tiles * ceil_div(height, rows),)](
+            tokens, taps, taps if bias is None else bias.contiguous(),
+            tokens if residual is None else residual, out,
+            batch, height, width, channels, filters, prefix, blocks, tiles, rows,
+            int(bias is not None), w_first, x_sb // vector, w_sb, w_sf, w_st, r_sb // vector,
+            X_SN=x_sn, R_SN=r_sn, O_SN=channels,
+            SIZE=size, RESIDUAL=residual is not None,
+            COLUMNS=columns, LANES=launch.lanes, VECTOR=vector,
+            num_warps=launch.warps, **launch.options,
         )  # fmt: skip
     return out
 
 
 def token_conv2d_fwd(
     tokens: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-    height: int, width: int,
+    prefix: int, height: int, width: int,
 ) -> Tensor:  # fmt: skip
     """The operation of `api.token_conv2d` on tensors that `api` has checked."""
-    return convolve(tokens, weight, bias, residual, height, width)
+    return convolve(tokens, weight, bias, residual, prefix, height, width)
 
 
-def token_conv2d_bwd_tokens(d_out: Tensor, weight: Tensor, height: int, width: int) -> Tensor:
+def token_conv2d_bwd_tokens(
+    d_out: Tensor, weight: Tensor, prefix: int, height: int, width: int
+) -> Tensor:
     """Gradient of the tokens: the convolution of `d_out` with the flipped weights."""
-    return convolve(d_out, weight, None, None, height, width, flipped=True)
+    return convolve(d_out, weight, None, None, prefix, height, width, flipped=True)

@@ -4,9 +4,13 @@ import math
 
 import pytest
 import torch
-from diffusers.models.transformers.transformer_flux import FluxAttention
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxPosEmbed
+from torch.profiler import ProfilerActivity, profile
 
+from lintra.diffusion.attention import local
 from lintra.diffusion.attention.local import ClearAttnProcessor, proportional_attention_scale
+from lintra.diffusion.attention.rotary import rotate
 from tiny_clear import DenseOracle, clear_inputs, tiny_stock
 
 
@@ -64,3 +68,58 @@ def test_errors():
     attention.set_processor(ClearAttnProcessor(down_factor=2))
     with pytest.raises(ValueError, match="down factor 2 divides, got 3 x 4"):
         attention(x, spatial_shape=(3, 4), radius=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rotary_positions_are_those_of_diffusers(dtype):
+    query, key = torch.randn(2, 2, 7, 3, 16, dtype=dtype).requires_grad_().unbind()
+    tables = FluxPosEmbed(10000, (4, 6, 6))(torch.randint(300, (7, 3)).float())
+    expected = [apply_rotary_emb(x, tables, sequence_dim=1) for x in (query, key)]
+    rotated = rotate(query, key, tables)
+    for mine, theirs, x in zip(rotated, expected, (query, key), strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine, theirs)
+        # In half precision diffusers also rounds one summand of the gradient.
+        exact = apply_rotary_emb(x.float(), tables, sequence_dim=1)
+        (grad,), (wanted,) = (
+            torch.autograd.grad(y.sum(), x, retain_graph=True) for y in (mine, exact)
+        )
+        torch.testing.assert_close(grad, wanted)
+
+
+def test_compiled_rotary_positions_have_no_complex_numbers():
+    tables = FluxPosEmbed(10000, (4, 6, 6))(torch.arange(15).reshape(5, 3).float())
+    x = torch.randn(1, 5, 2, 16)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda q, k: rotate(q, k, tables), backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x, x), rotate(x, x, tables))
+    assert "complex" not in graphs[0].code
+
+
+def count_passes(attention, *inputs, **kwargs):
+    """Copies, concatenations and sums, each of which reads and writes whole tensors."""
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as record:
+        attention(*inputs, **kwargs)
+    names = ("aten::copy_", "aten::cat", "aten::clone", "aten::add", "aten::add_", "aten::mul")
+    return sum(event.count for event in record.key_averages() if event.key in names)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_attention_makes_fewer_passes_than_the_stock_processor(batch, monkeypatch):
+    """But for attention itself, whose reference copies as it likes."""
+    attention = tiny_stock("flux").to(torch.bfloat16).transformer_blocks[0].attn
+    for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+        setattr(attention, name, torch.nn.Identity())  # many passes each on a CPU
+    image, text = (torch.randn(batch, count, 32).to(torch.bfloat16) for count in (12, 5))
+    tables = FluxPosEmbed(10000, (4, 6, 6))(torch.zeros(17, 3))
+    stock = count_passes(attention, image, text, image_rotary_emb=tables)
+    attention.set_processor(ClearAttnProcessor())
+    monkeypatch.setattr(local, "local_attention", lambda query, *_, **__: torch.empty_like(query))
+    options = {"spatial_shape": (3, 4), "radius": 2}
+    ours = count_passes(attention, image, text, image_rotary_emb=tables, **options)
+    assert ours <= stock - 6

@@ -10,6 +10,8 @@ from diffusers import (
     FluxControlNetModel,
     FluxControlNetPipeline,
     FluxImg2ImgPipeline,
+    SD3ControlNetModel,
+    StableDiffusion3ControlNetPipeline,
     StableDiffusion3Img2ImgPipeline,
 )
 from peft import LoraConfig
@@ -20,8 +22,10 @@ from lintra.diffusion.io import save_pipeline
 from tiny_clear import (
     CLEAR,
     FLUX,
+    SD3,
     STOCK,
     DenseOracle,
+    prompt_embeddings,
     sample,
     tiny_clear,
     tiny_clear_pipeline,
@@ -125,6 +129,60 @@ def test_settings_of_one_call():
             assert not torch.allclose(image, other, atol=1e-4)
     swap_transformer(pipeline, tiny_clear("flux", ntk_factor=10.0))
     torch.testing.assert_close(sample("flux", pipeline), images[1])
+
+
+@both
+def test_sizes_batches_and_texts_of_one_process(family):
+    """Each call as if it were the first: nothing is kept from one shape to the next."""
+    stock = tiny_clear_pipeline(family, tiny_stock(family))
+    pipeline = tiny_clear_pipeline(family, tiny_clear(family, 3))
+    generator = torch.Generator().manual_seed(7)
+    for (height, width), num_text, num_images in (
+        ((40, 24), 7, 1),
+        ((24, 40), 1, 2),
+        ((16, 16), 19, 3),
+        ((40, 24), 7, 1),
+    ):
+        embeds = {
+            name: torch.randn(
+                num_images, *((num_text, 12) if value.ndim == 3 else (8,)), generator=generator
+            )
+            for name, value in prompt_embeddings(family).items()
+        }
+        changes = {"height": height, "width": width, "output_type": "latent", **embeds}
+        image = sample(family, pipeline, **changes)
+        with DenseOracle(family, (height // 4, width // 4), 3):
+            torch.testing.assert_close(image, sample(family, stock, **changes))
+        assert image.shape[0] == num_images
+
+
+@both
+def test_a_fused_lora_is_saved_with_the_weights(family, tmp_path):
+    pipeline = tiny_clear_pipeline(family, tiny_clear(family))
+    config = LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False)
+    pipeline.transformer.add_adapter(config, adapter_name="style")
+    pipeline.fuse_lora()
+    image = sample(family, pipeline)
+    pipeline.unload_lora_weights()
+    torch.testing.assert_close(sample(family, pipeline), image)
+    save_pipeline(pipeline, tmp_path / "fused")
+    torch.testing.assert_close(sample(family, load_pipeline(tmp_path / "fused")), image)
+
+
+def test_controlnet_of_sd3():
+    pipeline = tiny_clear_pipeline("sd3", tiny_clear("sd3"))
+    config = {name: value for name, value in SD3.items() if name != "dual_attention_layers"}
+    controlnet = SD3ControlNetModel(**{**config, "num_layers": 2}).eval()
+    for parameter in controlnet.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    optional = ("image_encoder", "feature_extractor")
+    components = {k: v for k, v in pipeline.components.items() if k not in optional}
+    controlled = StableDiffusion3ControlNetPipeline(**components, controlnet=controlnet)
+    controlled.set_progress_bar_config(disable=True)
+    image = sample("sd3", controlled, control_image=torch.rand(1, 3, 40, 24))
+    assert image.isfinite().all()
+    assert not torch.allclose(image, sample("sd3", pipeline), atol=1e-3)
+    assert_linear(controlled.transformer)
 
 
 def test_controlnet():

@@ -41,13 +41,34 @@ def test_textbook(grid, size, per_sample, extras):
 
 
 @pytest.mark.parametrize("per_sample", [False, True], ids=["static", "per_sample"])
+def test_filters_shared_by_heads(per_sample):
+    tokens = torch.randn(2, 12, 6, dtype=torch.float64)
+    weight = torch.randn(*([2] if per_sample else []), 2, 3, 3, dtype=torch.float64)
+    bias = torch.randn(2, dtype=torch.float64)
+    out = token_conv2d(tokens, weight, bias, grid=(3, 4))
+    expected = textbook(tokens, torch.cat([weight] * 3, -3), bias.repeat(3), (3, 4), None)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_prefix_tokens_are_the_residual(with_residual):
+    tokens, weight = torch.randn(2, 15, 6), torch.randn(6, 3, 3)
+    residual = torch.randn(2, 15, 6) if with_residual else torch.zeros(2, 15, 6)
+    arguments = {"grid": (3, 4), "residual": residual if with_residual else None}
+    out = token_conv2d(tokens, weight, num_prefix_tokens=3, **arguments)
+    patches = token_conv2d(tokens[:, 3:], weight, grid=(3, 4), residual=residual[:, 3:])
+    assert torch.equal(out, torch.cat([residual[:, :3], patches], 1))
+
+
+@pytest.mark.parametrize("per_sample", [False, True], ids=["static", "per_sample"])
 def test_gradcheck(per_sample):
     inputs = [
         torch.randn(shape, dtype=torch.float64, requires_grad=True)
-        for shape in ((2, 6, 3), (2, 3, 3, 3) if per_sample else (3, 3, 3), (3,), (2, 6, 3))
+        for shape in ((2, 7, 4), (2, 2, 3, 3) if per_sample else (2, 3, 3), (2,), (2, 7, 4))
     ]
     assert torch.autograd.gradcheck(
-        lambda t, w, b, r: token_conv2d(t, w, b, grid=(2, 3), residual=r), inputs
+        lambda t, w, b, r: token_conv2d(t, w, b, grid=(2, 3), residual=r, num_prefix_tokens=1),
+        inputs,
     )
 
 
@@ -99,16 +120,20 @@ TOKENS, WEIGHT = torch.zeros(2, 12, 4), torch.zeros(4, 3, 3)
         ({"grid": (12,)}, ValueError, r"`grid` must be two positive sides .* got \(12,\)"),
         ({"grid": (-3, -4)}, ValueError, r"`grid` must be two positive sides .* got \(-3, -4\)"),
         ({"tokens": TOKENS[0]}, ValueError, r"`tokens` must have shape \(B, N, C\), got"),
-        ({"weight": WEIGHT[0]}, ValueError, r"`weight` must have shape \(C, k, k\), got"),
-        ({"weight": WEIGHT[:3]}, ValueError, r"`weight` must have shape .* = \(4, 3, 3\), got"),
+        ({"weight": WEIGHT[0]}, ValueError, r"`weight` must have shape \(F, k, k\), got"),
+        ({"weight": WEIGHT[:3]}, ValueError, "`weight` must have filters that divide the 4 .* 3"),
+        ({"weight": WEIGHT[:0]}, ValueError, "`weight` must have filters that divide the 4 .* 0"),
+        ({"weight": WEIGHT[..., :1]}, ValueError, r"`weight` must have shape .* = \(4, 1, 1\)"),
+        ({"num_prefix_tokens": -1}, ValueError, "`num_prefix_tokens` must be 0 or more, got -1"),
+        ({"num_prefix_tokens": 1}, ValueError, "`grid` must hold the 11 tokens, got 3 x 4 = 12"),
         ({"weight": WEIGHT[:, :2, :2]}, ValueError, "`weight` must have an odd kernel size, got 2"),
         (
             {"weight": torch.zeros(1, 4, 3, 3)},
             ValueError,
-            r"`weight` must have shape \(B, C, k, k\) = \(2, 4, 3, 3\), got \(1, 4, 3, 3\)",
+            r"`weight` must have shape \(B, F, k, k\) = \(2, 4, 3, 3\), got \(1, 4, 3, 3\)",
         ),
         ({"weight": WEIGHT.int()}, TypeError, "`weight` must be float16, .* got torch.int32"),
-        ({"bias": torch.zeros(3)}, ValueError, r"`bias` must have shape \(C\) = \(4,\), got"),
+        ({"bias": torch.zeros(3)}, ValueError, r"`bias` must have shape \(F\) = \(4,\), got"),
         ({"residual": TOKENS[:, :3]}, ValueError, "`residual` must have shape"),
         ({"residual": TOKENS.half()}, TypeError, "`residual` must have dtype torch.float32"),
         (

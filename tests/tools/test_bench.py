@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lintra import kernels
 from lintra.tools import bench
-from lintra.tools.benchmark import report, runner, timing
+from lintra.tools.benchmark import clear, local_attention, models, report, runner, timing
 from lintra.tools.benchmark.accuracy import check
 from lintra.tools.benchmark.case import OURS, Case, Peer, eager
 from lintra.tools.benchmark.local_attention import visible_pairs
@@ -60,6 +60,47 @@ def test_a_model(name: str, training: bool, tmp_path: Path) -> None:
     assert {row["impl"] for row in found} == {OURS, "dit" if name == "lit" else "timm"}
     assert {row["direction"] for row in found} == {"step" if training else "fwd"}
     assert all(float(row["p50"]) > 0 for row in found)
+
+
+def test_a_step_of_flux(tmp_path: Path) -> None:
+    assert run("clear", tmp_path) == 0
+    found = {(row["shape"], row["impl"]): row for row in records(tmp_path / "clear.csv")}
+    assert set(found) == {
+        (shape, impl) for shape in ("64px r2", "96px r3") for impl in (OURS, "flex", "sdpa")
+    }
+    for (_, impl), row in found.items():
+        if impl == "flex":
+            assert row["error"] == "skipped: --no-compile"
+        else:
+            assert float(row["p50"]) > 0
+        assert row["direction"] == "fwd"
+
+
+def test_its_peers_have_the_same_weights_and_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Compiling takes 20 s, and the mask is what can be wrong.
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    mask = local_attention.create_block_mask
+    monkeypatch.setattr(
+        local_attention,
+        "create_block_mask",
+        lambda *words, **options: mask(*words, **{**options, "_compile": False}),
+    )
+    mode = models.Mode(CPU, torch.float32, tiny=True)
+    case = clear.cases(mode, [(80, 2)])[0]
+    inputs = case.make(CPU, torch.float32)
+    ours = case.ours.prepare()(*inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(case.peers["flex"].prepare()(*inputs), ours)
+    dense = case.peers["sdpa"].prepare()(*inputs)
+    assert (dense - ours).abs().max() > 1e-3
+    torch.testing.assert_close(clear.cases(mode, [(80, 9)])[0].ours.prepare()(*inputs), dense)
+
+
+def test_its_sizes_and_targets() -> None:
+    cases = clear.cases(models.Mode(CPU, torch.float32))
+    assert [case.shape for case in cases][:3] == ["1024px r8", "1024px r16", "2048px r8"]
+    assert ["sdpa" in case.peers for case in cases] == [True, False] * 3 + [False] * 2
+    assert [bool(case.targets) for case in cases] == [True, False] * 4
 
 
 def test_a_shape_and_a_direction_of_ones_own(tmp_path: Path) -> None:
@@ -137,6 +178,8 @@ def test_a_wrong_implementation_has_no_speed(
         (["token_conv2d", "--shape", "1,2"], r"`shape` must be B,h,w,C,k.* got \(1, 2\)"),
         (["local_attention", "--shape", "0,1"], r"`shape` must be side,radius.* got \(0, 1\)"),
         (["lit", "--shape", "30,1"], r"`shape` must be pixels .* got \(30, 1\)"),
+        (["clear", "--shape", "40,8"], r"`shape` must be pixels,radius, pixels a .* got \(40, 8\)"),
+        (["clear", "--training"], "`training` must not be set for clear, .*"),
         (["lit", "--direction", "bwd"], "`direction` must be one of fwd, got bwd"),
     ],
 )

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from timm.layers import LayerNorm
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -229,3 +230,15 @@ def test_errors() -> None:
 def test_schedule_errors(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PRepBNSchedule(PRepBN(4), **{"total_steps": 10, **arguments})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_norm_is_that_of_timm(dtype: torch.dtype) -> None:
+    mine, theirs = norm_factory("ln", 1e-6)(12), LayerNorm(12)
+    assert isinstance(mine, LayerNorm)
+    x = torch.randn(2, 5, 12, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mine(x), theirs(x))
+    mine, theirs = mine.to(dtype), theirs.to(dtype)
+    assert torch.equal(mine(x), theirs(x))
+    assert mine.to("meta")(x.to("meta")).shape == x.shape

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 
 from lintra.tools import backbone_study, cli, timm_cli, train_backbone
 from lintra.vision import PRepBN, fold_norms
+from lintra.vision.training import study
 from lintra.vision.training.config import (
     CheckpointConfig,
     DataConfig,
@@ -436,6 +438,28 @@ def test_timm_scripts_see_our_models(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "must be the path of a timm script, got 'none.py'" in capsys.readouterr().err
 
 
+def test_it_learns_from_images_on_the_device_and_resumes(
+    tmp_path: Path, files: dict[str, str]
+) -> None:
+    whole = small_recipe(tmp_path / "whole", files, data={"on_device": True})
+    result = BackboneTrainer(whole).run()
+    assert result.accuracy > 90
+    part = replace(whole, output_dir=str(tmp_path / "part"))
+    trainer = BackboneTrainer(part)
+    advance = trainer._advance
+
+    def stop_inside_an_epoch() -> None:
+        advance()
+        if trainer.step == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer._advance = stop_inside_an_epoch
+    assert trainer.run().signum == signal.SIGTERM
+    BackboneTrainer(replace(part, checkpoint=CheckpointConfig(resume="latest"))).run()
+    ours, theirs = weights(tmp_path / "part"), weights(tmp_path / "whole")
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
 def test_study_writes_its_table(
     tmp_path: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -462,12 +486,28 @@ def test_study_writes_its_table(
     assert backbone_study.main([*words, "--output_dir", str(tmp_path / "stopped")]) == 143
 
     def diverge(self: BackboneTrainer) -> None:
+        self.folder.mkdir(parents=True)
         raise TrainingDiverged("loss nan at step 3")
 
     monkeypatch.setattr(BackboneTrainer, "run", diverge)
     assert backbone_study.main([*words, "--output_dir", str(tmp_path / "diverged")]) == 0
     table = (tmp_path / "results" / "table.md").read_text()
-    assert "| SLA, PRepBN (SLAB) | diverged | seed 0: loss nan at step 3 |" in table
+    assert "| SLA, PRepBN (SLAB) | diverged | diverged (loss nan at step 3), " in table
     monkeypatch.setattr(BackboneTrainer, "run", run)
     bad = [*words, "--model.name", "nothing", "--output_dir", str(tmp_path / "new")]
     assert backbone_study.main(bad) == 2
+
+
+def test_study_runs_several_at_once_and_passes_a_signal_on(
+    tmp_path: Path, files: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = small_recipe(tmp_path, files)
+    runs = [replace(recipe, output_dir=str(tmp_path / name)) for name in "ab"]
+    study.train_all(runs, jobs=2)
+    assert all((tmp_path / name / "last" / "model.safetensors").is_file() for name in "ab")
+    study.train_all(runs, jobs=2)
+    assert capsys.readouterr().out.count(" %") == 2  # nothing was left for the second call
+    longer = replace(recipe, output_dir=str(tmp_path / "c"), training=TrainingConfig(epochs=10**6))
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(study.Stopped, match="signal 15"):
+        study.train_all([longer], jobs=2)

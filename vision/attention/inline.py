@@ -19,6 +19,17 @@ KERNEL_FUNCTIONS = {
 }
 
 
+def _grouped_linear(x: Tensor, conv: Any) -> Tensor:
+    """What the grouped 1x1 `conv` does, on groups side by side: ``(G, B, C)`` to ``(G, B, C')``.
+
+    One batched product; cuDNN takes a launch a group.
+    """
+    groups, channels = conv.groups, conv.in_channels // conv.groups
+    weight = conv.weight.view(groups, -1, channels).transpose(1, 2)
+    bias = conv.get_parameter("bias").view(groups, 1, -1)
+    return torch.baddbmm(bias, x, weight)
+
+
 @register_notrace_module
 class InLineAttention(LinearMixer):
     """``o_i = s phi(q_i) Cov(phi(k), v) + mean(v) + (r * v)_i``, s = D^-1/2, no denominator.
@@ -39,6 +50,8 @@ class InLineAttention(LinearMixer):
         ValueError: an unknown kernel function, or sr_ratio above 1: the local term needs a value
             for each token.
     """
+
+    reads_mean = True
 
     def __init__(
         self,
@@ -77,8 +90,13 @@ class InLineAttention(LinearMixer):
         phi = KERNEL_FUNCTIONS[self.kernel_func]
         return linear_attention(phi(q), phi(k), v, feature_map="identity", normalizer="covariance")
 
-    def local_kernel(self, mean: Tensor) -> tuple[Tensor, Tensor | None]:
-        kernel = self.residual(mean.unsqueeze(-1)).reshape(-1, self.dim, 3, 3)
+    def local_kernel(self, mean: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert mean is not None
+        first, activation, second = self.residual
+        by_group = mean.unflatten(1, (self.num_heads, -1)).transpose(0, 1)  # (H, B, D)
+        hidden = activation(_grouped_linear(by_group, first))
+        # (H, B, 9 D): channels of a head one after the other, each with its nine weights.
+        kernel = _grouped_linear(hidden, second).transpose(0, 1).reshape(-1, self.dim, 3, 3)
         if self.lepe is None:
             return kernel, None
         return kernel + self.lepe.weight.squeeze(1), self.lepe.bias

@@ -37,6 +37,9 @@ class LinearMixer(Foldable, nn.Module):
         ValueError: channels that the heads do not divide.
     """
 
+    reads_mean = False
+    """Whether the local kernel is made from the mean token."""
+
     reads_context = False
     """Whether the block passes its un-normed input as `context`."""
 
@@ -120,18 +123,18 @@ class LinearMixer(Foldable, nn.Module):
         """Attention of ``q`` (B, N, H, D) over keys that lie on `grid`: (B, N, H, D)."""
         raise NotImplementedError
 
-    def local_kernel(self, mean: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Depthwise kernel (C, k, k) or (B, C, k, k) and bias (C) of the local term."""
+    def local_kernel(self, mean: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Depthwise kernel (F, k, k) or (B, C, k, k) and bias (F) of the local term, F = C or D."""
         raise NotImplementedError
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, mean: Tensor, grid: Grid) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mean: Tensor | None, grid: Grid) -> Tensor:
         """Attention and local term, before the output projection: (B, N, C).
 
         Args:
             q: ``(B, N, H, D)``.
             k: ``(B, N', H, D)``.
             v: ``(B, N', H, D)``.
-            mean: ``(B, C)``, from which dynamic kernels are made.
+            mean: ``(B, C)``, from which dynamic kernels are made; None where nothing reads it.
             grid: that of the queries.
         """
         out = self.attend(q, k, v, self._reduced_grid(grid)).flatten(2)
@@ -141,13 +144,9 @@ class LinearMixer(Foldable, nn.Module):
             resized = F.interpolate(values.transpose(1, 2), size=q.shape[1], mode="linear")
             values = resized.transpose(1, 2).to(out.dtype)
         weight, bias = self.local_kernel(mean)
-        prefix = self.num_prefix_tokens
-        if not prefix:
-            return token_conv2d(values, weight, bias, grid=grid, residual=out)
-        patches = token_conv2d(
-            values[:, prefix:], weight, bias, grid=grid, residual=out[:, prefix:]
+        return token_conv2d(
+            values, weight, bias, grid=grid, residual=out, num_prefix_tokens=self.num_prefix_tokens
         )
-        return torch.cat([out[:, :prefix], patches], dim=1)
 
     def forward(self, x: Tensor, grid: Grid | None = None, context: Tensor | None = None) -> Tensor:
         """Mixes tokens.
@@ -161,7 +160,7 @@ class LinearMixer(Foldable, nn.Module):
             ``(B, N, C)``.
         """
         grid = self.grid if grid is None else (grid[0], grid[1])
-        mean = (x if context is None else context).mean(dim=1)
+        mean = (x if context is None else context).mean(dim=1) if self.reads_mean else None
         out = self.mix(*self.project(x, grid), mean, grid)
         return self.proj_drop(self.proj(out))
 

@@ -78,12 +78,13 @@ class SimplifiedLinearAttention(LinearMixer):
         k = (k + self._heads(positions)).to(q.dtype)  # a float32 table must not widen half keys
         return linear_attention(q, k, v, feature_map="relu", normalizer="ratio", eps=1e-6)
 
-    def local_kernel(self, mean: Tensor) -> tuple[Tensor, Tensor | None]:
-        weight = self.dwc.weight.squeeze(1).repeat(self.num_heads, 1, 1)
-        bias = self.dwc.get_parameter("bias").repeat(self.num_heads)
+    def local_kernel(self, mean: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        weight: Tensor = self.dwc.weight.squeeze(1)
+        bias: Tensor = self.dwc.get_parameter("bias")
         if self.lepe is not None:
             # Both convolve v: one pass with the sum of the kernels, the smaller one padded.
             border = (weight.shape[-1] - 3) // 2
-            weight = weight + F.pad(self.lepe.weight.squeeze(1), [border] * 4)
-            bias = bias + self.lepe.get_parameter("bias")
+            lepe = F.pad(self.lepe.weight.squeeze(1), [border] * 4)
+            weight = weight.repeat(self.num_heads, 1, 1) + lepe
+            bias = bias.repeat(self.num_heads) + self.lepe.get_parameter("bias")
         return weight, bias

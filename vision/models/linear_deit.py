@@ -18,6 +18,7 @@ from ..fold import Foldable, NormSite
 from .building import build_backbone, record_input_size
 from .loading import filter_checkpoint
 from .options import Choice, attention_choices, default_cfg, norm_choices, patch_grid
+from .patch_embedding import FoldablePatchEmbed
 from .readout import FoldableReadout, exempt_from_decay
 
 
@@ -159,6 +160,7 @@ class LinearVisionTransformer(FoldableReadout, VisionTransformer):
             reg_tokens=reg_tokens,
             norm_layer=norms[-1],
             block_fn=block,
+            embed_layer=FoldablePatchEmbed,
             **kwargs,
         )
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed, calculate_drop_path_rates, to_2tuple, to_ntuple
+from timm.layers import calculate_drop_path_rates, to_2tuple, to_ntuple
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging, SwinTransformer
 from torch import nn
@@ -18,15 +18,9 @@ from ..norm import NormFactory
 from .building import build_backbone, record_input_size
 from .loading import filter_checkpoint
 from .options import Choice, attention_choices, default_cfg, norm_choices, patch_grid
+from .patch_embedding import FoldablePatchEmbed
 from .readout import FoldableReadout, exempt_from_decay
 from .swin_block import LinearSwinBlock
-
-
-class FoldablePatchEmbed(Foldable, PatchEmbed):
-    """timm's patch embedding, whose norm folds back into its convolution."""
-
-    def norm_sites(self) -> list[NormSite]:
-        return [NormSite(self, "norm", writer=self.proj)]
 
 
 class FoldablePatchMerging(Foldable, PatchMerging):

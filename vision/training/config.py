@@ -52,6 +52,8 @@ class DataConfig:
         cutmix: alpha of CutMix, 0 switches it off.
         smoothing: label smoothing.
         interpolation: how images are resized.
+        on_device: keep all training images of an `npz` on the device, decoded, and augment there by
+            the batch: crop, flip and erasing only. For small images, where workers are the limit.
     """
 
     source: Literal["imagefolder", "npz"] = "imagefolder"
@@ -72,6 +74,7 @@ class DataConfig:
     mixup_switch_prob: float = 0.5
     smoothing: float = 0.1
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    on_device: bool = False
 
     def __post_init__(self) -> None:
         _check(self.batch_size > 0, "data.batch_size", "be positive", self.batch_size)
@@ -81,6 +84,13 @@ class DataConfig:
         for name in ("reprob", "mixup_prob", "mixup_switch_prob", "smoothing", "hflip"):
             value = getattr(self, name)
             _check(0 <= value <= 1, f"data.{name}", "be in [0, 1]", value)
+        if self.on_device:
+            contract = "be {} with data.on_device"
+            _check(self.source == "npz", "data.source", contract.format("npz"), self.source)
+            augment = self.auto_augment
+            _check(augment is None, "data.auto_augment", contract.format("null"), augment)
+            jitter = self.color_jitter
+            _check(jitter == 0, "data.color_jitter", contract.format("0"), jitter)
         mixes = self.mixup > 0 or self.cutmix > 0
         even = self.batch_size % 2 == 0
         _check(

@@ -21,6 +21,7 @@ from ..models.building import save_backbone
 from ..schedule import PRepBNSchedule, recalibrate_batchnorm
 from .config import Recipe
 from .data import make_loader, open_images, seed_everything
+from .device_data import DeviceBatches
 from .records import (
     MetricsFile,
     StopRequest,
@@ -112,7 +113,21 @@ class BackboneTrainer:
             gradient_accumulation_steps=config.gradient_accumulation_steps,
         )
         self.is_main = self.accelerator.is_main_process
-        loader = make_loader(train_images, data, self.network, is_training=True, seed=recipe.seed)
+        loader: Any
+        if data.on_device:
+            loader = DeviceBatches(
+                train_images,
+                data,
+                self.network,
+                seed=recipe.seed,
+                device=self.accelerator.device,
+                rank=self.accelerator.process_index,
+                world_size=self.accelerator.num_processes,
+            )
+        else:
+            loader = make_loader(
+                train_images, data, self.network, is_training=True, seed=recipe.seed
+            )
         val_loader = None
         if data.val is not None:
             val_images = open_images(data.source, data.val)

@@ -1,0 +1,23 @@
+"""Layer normalisation as a PyTorch operator, without a gradient; triton comes when it runs."""
+
+import torch
+from torch import Tensor
+
+from .._common.operators import register
+
+
+def _fwd_shapes(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+register(
+    "layer_norm_fwd",
+    "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
+    f"{__package__}.triton_fwd:layer_norm_fwd",
+    _fwd_shapes,
+)
+
+
+def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The operation of `api.layer_norm` by the Triton kernel."""
+    return torch.ops.lintra.layer_norm_fwd(x, weight, bias, float(eps))
