@@ -4,6 +4,7 @@ import shlex
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ OPERATIONS = {
 }
 MODEL_NAMES = ("inline_deit", "slab_deit", "lit")
 NAMES = (*OPERATIONS, *MODEL_NAMES, "models", "clear")
+PEERS = ("sdpa", "eager", "compiled", "cudnn", "flex", "timm", "dit")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -38,9 +40,8 @@ def _parser() -> ArgumentParser:
         type=_integers,
         action="append",
         help="a shape instead of the table's, can be repeated; linear_attention: B,N,H,D;"
-        " token_conv2d: B,h,w,C,k[,residual[,per_sample]];"
-        " local_attention: side,radius[,H,D,prefix[,pooled]]; models: pixels,batch;"
-        " clear: pixels,radius",
+        " token_conv2d: B,h,w,C,k[,residual[,per_sample]]; models: pixels,batch; clear:"
+        " pixels,radius; local_attention: side,radius[,H,D,prefix[,pooled]]",
     )
     parser.add_argument("--only", default="", help="cases whose label holds this text")
     parser.add_argument("--direction", nargs="+", choices=("fwd", "bwd", "fwd+bwd"), default=())
@@ -48,6 +49,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a GPU too")
     parser.add_argument("--compile-mode", choices=MODES, default=MODES[0], help="of both models")
     parser.add_argument("--no-compile", action="store_true", help="no peer and no model compiled")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=(), help="these only")
     parser.add_argument("--calls", type=int, default=20, help="timed calls of a measurement")
     parser.add_argument("--seconds", type=float, default=3.0, help="at most, a measurement")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds for peers")
@@ -110,13 +112,12 @@ def _settings(options: Namespace) -> "Settings":
         use_compile=not options.no_compile,
         budget=options.budget,
         directions=options.direction,
+        peers=options.peers,
         say=lambda line: None if options.quiet else print(line, file=sys.stderr, flush=True),
     )
 
 
 def _cases(options: Namespace, settings: "Settings") -> "list[Case]":
-    from importlib import import_module
-
     tiny = options.tiny or settings.device.type == "cpu"
     if options.name in OPERATIONS:
         module = import_module(f".benchmark.{OPERATIONS[options.name]}", __package__)

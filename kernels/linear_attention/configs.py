@@ -19,6 +19,8 @@ from .._common.pinning import pin_or
 MAX_HEAD_DIM = 320
 # Above this width one program cannot hold a state, its tiles and their sums.
 MAX_NARROW_DIM = 128
+# Widest head of which one program's registers hold the forward state, by architecture, bfloat16.
+_MAX_FUSED_DIM = {90: 192}
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ BWD_QUERIES: Table = {
     (90, 2, 96): Launch(64, 8, 1),
     (90, 2, 128): Launch(32, 8, 2),
 }
+BWD_QUERIES_KEYS_FIRST: Table = BWD_QUERIES | {(90, 2, 64): Launch(64, 4, 3)}
 BWD_KEYS: Table = {
     (0, 2, 64): Launch(64, 4, 1),
     (0, 2, 128): Launch(32, 8, 1),
@@ -103,6 +106,7 @@ TABLES: dict[str, Table] = {
     "fwd_apply_wide": FWD_APPLY_WIDE,
     "bwd_fused": BWD_FUSED,
     "bwd_queries": BWD_QUERIES,
+    "bwd_queries_keys_first": BWD_QUERIES_KEYS_FIRST,
     "bwd_keys": BWD_KEYS,
     "bwd_dq_wide": BWD_DQ_WIDE,
     "bwd_dkv_wide": BWD_DKV_WIDE,
@@ -136,16 +140,37 @@ def _power_of_two(number: int) -> int:
 
 
 # Kernels that hold this side of a state whole where that wastes less than a second part costs.
-_WHOLE = {("fwd_moments", "d")}
+_WHOLE = {
+    ("fwd_moments", "d"): (torch.bfloat16, torch.float16, torch.float32),
+    ("fwd_apply", "e"): (torch.bfloat16,),
+    ("bwd_keys", "d"): (torch.bfloat16,),
+}
+
+# Kernels whose sums over tokens take the keys first, by architecture: the widths (over, up to)
+# where that was measured to be faster, bfloat16.
+_KEYS_FIRST = {
+    (90, "fwd_moments"): (0, 96),
+    (90, "bwd_queries"): (48, 64),
+    (90, "bwd_fused"): (48, 64),
+}
 
 
-def parts_of(width: int, side: str, kernel: str) -> tuple[int, int]:
+def keys_first(kernel: str, tensor: Tensor, width: int) -> bool:
+    """Whether `kernel` forms its sums as in `triton_keys_first`; never in float16, which shifts its
+    values."""
+    over, up_to = _KEYS_FIRST.get((architecture(tensor.get_device()), kernel), (0, 0))
+    chosen = tensor.dtype == torch.bfloat16 and over < width <= up_to
+    return pin_or("keys_first", chosen) and tensor.dtype != torch.float16
+
+
+def parts_of(width: int, side: str, kernel: str, dtype: torch.dtype) -> tuple[int, int]:
     """Two powers of two that together hold `width` channels of the `side` d or e of a state, each a
     size that a dot takes."""
     whole = max(16, _power_of_two(width))
     first = whole // 2
     rest = max(16, _power_of_two(width - first)) if width > first else 0
-    one = first < 16 or first + rest >= whole or (width <= 128 and (kernel, side) in _WHOLE)
+    may = width <= 128 and dtype in _WHOLE.get((kernel, side), ())
+    one = first < 16 or first + rest >= whole or may
     return pin_or(f"{kernel}_{side}_parts", (whole, 0) if one else (first, rest))
 
 
@@ -173,7 +198,11 @@ def way_of(name: str, query: Tensor, key: Tensor, value: Tensor) -> str:
     # Few heads leave processors idle, which only a short run of tokens forgives; with many tokens
     # two sweeps stream better than one program that changes from keys to queries.
     short = tokens <= 256 or (tokens <= 512 and waves >= 2.5)
-    widest = 64 if name == "bwd" and query.element_size() == 2 else MAX_NARROW_DIM
+    widest = MAX_NARROW_DIM
+    if name == "bwd" and query.element_size() == 2:
+        widest = 64
+    elif name == "fwd" and query.dtype == torch.bfloat16:
+        widest = _MAX_FUSED_DIM.get(architecture(query.get_device()), MAX_NARROW_DIM)
     around_a_state = "split" if width <= MAX_NARROW_DIM else "wide"
     return pin_or(f"{name}_way", "fused" if short and width <= widest else around_a_state)
 

@@ -118,12 +118,15 @@ def shifts_of(
 
 
 @triton.jit
-def value_shifts_of(p_x, stride, count, COLUMNS, W0: tl.constexpr, W1: tl.constexpr):
+def value_shifts_of(
+    p_x, stride, count, COLUMNS, W0: tl.constexpr, W1: tl.constexpr, SHIFTED: tl.constexpr
+):
+    """Both parts of the shift of v: zeros unless SHIFTED or v is float32."""
     x0 = tl.zeros((W0,), tl.float32)
     x1 = 0.0
     if W1 > 0:
         x1 = tl.zeros((W1,), tl.float32)
-    if p_x.dtype.element_ty == tl.float32:
+    if SHIFTED or p_x.dtype.element_ty == tl.float32:
         x0, x1 = shifts_of(p_x, stride, count, COLUMNS, W0, W1, "identity")
     return x0, x1
 
@@ -266,16 +269,18 @@ def moments(
     p_k, p_v, p_weight, p_gain, k_stride, v_stride, start, stop, ck0, ck1, cv0, cv1,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     E, E0: tl.constexpr, E1: tl.constexpr,
-    FEATURE: tl.constexpr, CENTRED: tl.constexpr, WEIGHTED: tl.constexpr,
+    FEATURE: tl.constexpr, CENTRED: tl.constexpr, SHIFTED: tl.constexpr, WEIGHTED: tl.constexpr,
     SUM_K: tl.constexpr, SUM_V: tl.constexpr, FOLD: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums over the tokens start <= j < stop, all float32:
 
     S^T = sum (v_j - cv) x_j^T, z = sum g_j x_j, a = sum (v_j - cv) with x_j = w_j phi(k_j) - ck;
-    c = 0 unless CENTRED, cv = 0 for halves, w = g = 1 unless WEIGHTED.
+    ck = 0 unless CENTRED, w = g = 1 unless WEIGHTED; cv = 0 unless SHIFTED, or CENTRED in float32.
     """
-    DTYPE: tl.constexpr = tl.float32 if WIDE and (CENTRED or WEIGHTED) else p_k.dtype.element_ty
+    EXACT: tl.constexpr = not (CENTRED or SHIFTED or WEIGHTED)
+    DTYPE: tl.constexpr = tl.float32 if WIDE and not EXACT else p_k.dtype.element_ty
+    SHIFT_V: tl.constexpr = SHIFTED or (CENTRED and p_k.dtype.element_ty == tl.float32)
     PRECISION: tl.constexpr = "tf32" if WIDE else "ieee"
     OWN: tl.constexpr = SUM_K and not FOLD
     s00, s01, s10, s11, z0, z1, a0, a1 = empty_moments(D0, D1, E0, E1, OWN, SUM_V)
@@ -296,10 +301,10 @@ def moments(
             k0 = k0.to(tl.float32) - ck0[None, :]
             if D1 > 0:
                 k1 = k1.to(tl.float32) - ck1[None, :]
-            if p_k.dtype.element_ty == tl.float32:
-                v0 = tl.where(m_n[:, None], v0 - cv0[None, :], 0.0)
-                if E1 > 0:
-                    v1 = tl.where(m_n[:, None], v1 - cv1[None, :], 0.0)
+        if SHIFT_V:
+            v0 = tl.where(m_n[:, None], v0.to(tl.float32) - cv0[None, :], 0.0)
+            if E1 > 0:
+                v1 = tl.where(m_n[:, None], v1.to(tl.float32) - cv1[None, :], 0.0)
         if WEIGHTED:
             weight = tl.load(p_weight + o_n, mask=m_n, other=0.0)
             gain = tl.load(p_gain + o_n, mask=m_n, other=0.0)
@@ -381,6 +386,15 @@ def rows_times(x0, x1, w0, w1, X1: tl.constexpr, PRECISION: tl.constexpr):
     y = tl.dot(x0, tl.trans(w0), input_precision=PRECISION)
     if X1 > 0:
         y = tl.dot(x1, tl.trans(w1), y, input_precision=PRECISION)
+    return y
+
+
+@triton.jit
+def rows_times_rows(x0, x1, w0, w1, X1: tl.constexpr, PRECISION: tl.constexpr):
+    """x0 @ w0 + x1 @ w1, the second only if X1 > 0."""
+    y = tl.dot(x0, w0, input_precision=PRECISION)
+    if X1 > 0:
+        y = tl.dot(x1, w1, y, input_precision=PRECISION)
     return y
 
 

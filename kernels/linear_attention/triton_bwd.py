@@ -8,6 +8,10 @@ ratio: dphi(q_i) = w_i t_i - w_i^2 u_i z, dS = sum_i phi(q_i)^T w_i do_i,
 covariance: dphi(q_i) = t_i (s / N in S), dS = s / N sum_i phi(q_i)^T do_i,
     dphi(k_j) = (v_j - mean v) dS^T, dv_j = (phi(k_j) - mean phi(k)) dS + sum_i do_i / N
 none: as ratio with w_i = s and no z.
+
+Where t_i and u_i z cancel, values far from zero take the digits of the rest. All of ratio holds as
+well for values v_j - c, if -w_i^2 u_i gains eps w_i / (s phi(q_i) . z + eps) do_i . c: float16 is
+SHIFTED so, since its products have no more digits than its results.
 """
 
 import torch
@@ -37,6 +41,7 @@ from .triton_blocks import (
     moments,
     row_dot,
     rows_dot_vector,
+    rows_times_rows,
     scale_cast,
     shifts_of,
     store_state,
@@ -46,16 +51,8 @@ from .triton_blocks import (
     value_shifts_of,
 )
 from .triton_bwd_wide import key_side_wide, query_side_wide
+from .triton_keys_first import moments_keys_first, query_sweep_keys_first
 from .triton_state import State, empty_parts, forward_state, reduce_parts
-
-
-@triton.jit
-def _rows_times_rows(x0, x1, w0, w1, X1: tl.constexpr, PRECISION: tl.constexpr):
-    """x0 @ w0 + x1 @ w1, the second only if X1 > 0."""
-    y = tl.dot(x0, w0, input_precision=PRECISION)
-    if X1 > 0:
-        y = tl.dot(x1, w1, y, input_precision=PRECISION)
-    return y
 
 
 @triton.jit
@@ -70,7 +67,7 @@ def _transposed(x, WIDTH: tl.constexpr):
 @triton.jit
 def _query_sweep(
     p_do, p_q, p_dq, do_stride, q_stride, dq_stride, start, stop,
-    s00, s01, s10, s11, z0, z1, scale, factor, eps,
+    s00, s01, s10, s11, z0, z1, cv0, cv1, scale, factor, eps,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     FEATURE: tl.constexpr, RATIO: tl.constexpr, SUM_V: tl.constexpr,
@@ -98,13 +95,16 @@ def _query_sweep(
             f1 = load_features(p_q, o_q, m_m, D0, D, D1, FEATURE)
         if E1 > 0:
             g1 = load_tile(p_do, o_do, m_m, E0, E, E1).to(DTYPE)
-        t0 = _rows_times_rows(g0, g1, s00, s10, E1, PRECISION)
+        t0 = rows_times_rows(g0, g1, s00, s10, E1, PRECISION)
         if D1 > 0:
-            t1 = _rows_times_rows(g0, g1, s01, s11, E1, PRECISION)
+            t1 = rows_times_rows(g0, g1, s01, s11, E1, PRECISION)
         if RATIO:
-            weight = scale / (scale * rows_dot_vector(f0, f1, z0, z1, D1) + eps)
-            weight = tl.where(m_m, weight, 0.0)
+            inverse = 1.0 / (scale * rows_dot_vector(f0, f1, z0, z1, D1) + eps)
+            inverse = tl.where(m_m, inverse, 0.0)
+            weight = scale * inverse
             gain = -weight * row_dot(f0, f1, t0, t1, D1)
+            if WIDE:
+                gain += eps * inverse * rows_dot_vector(g0, g1, cv0, cv1, E1)
             t0 = (t0 + gain[:, None] * z0[None, :]) * weight[:, None]
             f0 = f0.to(tl.float32) * weight[:, None]
             if D1 > 0:
@@ -160,9 +160,10 @@ def _key_sweep(
             v1 = load_tile(p_v, o_v, m_n, E0, E, E1)
         if CENTRED:
             f0 = f0.to(tl.float32) - ck0[None, :]
-            v0 = v0.to(tl.float32) - cv0[None, :]
             if D1 > 0:
                 f1 = f1.to(tl.float32) - ck1[None, :]
+        if CENTRED or (RATIO and WIDE):
+            v0 = v0.to(tl.float32) - cv0[None, :]
             if E1 > 0:
                 v1 = v1.to(tl.float32) - cv1[None, :]
         f0, v0 = f0.to(DTYPE), v0.to(DTYPE)
@@ -170,8 +171,8 @@ def _key_sweep(
             f1 = f1.to(DTYPE)
         if E1 > 0:
             v1 = v1.to(DTYPE)
-        dk0 = _rows_times_rows(v0, v1, d00, d10, E1, PRECISION)
-        dv0 = _rows_times_rows(f0, f1, tl.trans(d00), _transposed(d01, D1), D1, PRECISION)
+        dk0 = rows_times_rows(v0, v1, d00, d10, E1, PRECISION)
+        dv0 = rows_times_rows(f0, f1, tl.trans(d00), _transposed(d01, D1), D1, PRECISION)
         if RATIO:
             dk0 += dz0[None, :]
         if CENTRED:
@@ -179,12 +180,12 @@ def _key_sweep(
         store_tile(p_dk, o_dk, m_n, 0, feature_grad(k0, dk0, FEATURE), D, D0)
         store_tile(p_dv, o_dv, m_n, 0, dv0, E, E0)
         if D1 > 0:
-            dk1 = _rows_times_rows(v0, v1, d01, d11, E1, PRECISION)
+            dk1 = rows_times_rows(v0, v1, d01, d11, E1, PRECISION)
             if RATIO:
                 dk1 += dz1[None, :]
             store_tile(p_dk, o_dk, m_n, D0, feature_grad(k1, dk1, FEATURE), D, D1)
         if E1 > 0:
-            dv1 = _rows_times_rows(f0, f1, tl.trans(d10), _transposed(d11, D1), D1, PRECISION)
+            dv1 = rows_times_rows(f0, f1, tl.trans(d10), _transposed(d11, D1), D1, PRECISION)
             if CENTRED:
                 dv1 += b1[None, :]
             store_tile(p_dv, o_dv, m_n, E0, dv1, E, E1)
@@ -197,13 +198,13 @@ def _key_sweep(
     ]
 )  # fmt: skip
 def _linear_attention_bwd_queries_kernel(
-    p_do, p_q, p_dq, p_state, p_key_row, p_ds, p_dz, p_b,
+    p_do, p_q, p_dq, p_state, p_key_row, p_value_row, p_ds, p_dz, p_b,
     num_queries, tokens_per_program, rows, heads, scale, factor, eps,
     do_sb, do_sn, do_sh, q_sb, q_sn, q_sh, dq_sb, dq_sn, dq_sh,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
-    FEATURE: tl.constexpr, NORMALIZER: tl.constexpr, WIDE: tl.constexpr,
-    VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    FEATURE: tl.constexpr, NORMALIZER: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    WIDE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H * ranges): dq of a range of queries and its part of dS^T."""
     RATIO: tl.constexpr = NORMALIZER == "ratio"
@@ -218,17 +219,26 @@ def _linear_attention_bwd_queries_kernel(
     start = part * tokens_per_program
     stop = tl.minimum(start + tokens_per_program, num_queries)
     s00, s01, s10, s11 = load_state(p_state + row * D * E, D, D0, D1, E, E0, E1, DTYPE)
-    z0, z1 = 0.0, 0.0
+    z0, z1, cv0, cv1 = 0.0, 0.0, 0.0, 0.0
     if RATIO:
         z0, z1 = load_vectors(p_key_row + row * D, D, D0, D1)
-    d00, d01, d10, d11, dz0, dz1, b0, b1 = _query_sweep(
-        p_do + (batch * do_sb + head * do_sh) * VECTOR,
-        p_q + (batch * q_sb + head * q_sh) * VECTOR,
-        p_dq + (batch * dq_sb + head * dq_sh) * VECTOR,
-        do_sn * VECTOR, q_sn * VECTOR, dq_sn * VECTOR, start, stop,
-        s00, s01, s10, s11, z0, z1, scale, factor, eps,
-        D, D0, D1, E, E0, E1, FEATURE, RATIO, CENTRED, WIDE, BLOCK,
-    )  # fmt: skip
+    if RATIO and WIDE:
+        cv0, cv1 = load_vectors(p_value_row + row * E, E, E0, E1)
+    p_do += (batch * do_sb + head * do_sh) * VECTOR
+    p_q += (batch * q_sb + head * q_sh) * VECTOR
+    p_dq += (batch * dq_sb + head * dq_sh) * VECTOR
+    if KEYS_FIRST:
+        d00, d01, d10, d11, dz0, dz1 = query_sweep_keys_first(
+            p_do, p_q, p_dq, do_sn * VECTOR, q_sn * VECTOR, dq_sn * VECTOR, start, stop,
+            s00, s01, s10, s11, z0, z1, scale, eps,
+            D, D0, D1, E, E0, E1, FEATURE, BLOCK,
+        )  # fmt: skip
+    else:
+        d00, d01, d10, d11, dz0, dz1, b0, b1 = _query_sweep(
+            p_do, p_q, p_dq, do_sn * VECTOR, q_sn * VECTOR, dq_sn * VECTOR, start, stop,
+            s00, s01, s10, s11, z0, z1, cv0, cv1, scale, factor, eps,
+            D, D0, D1, E, E0, E1, FEATURE, RATIO, CENTRED, WIDE, BLOCK,
+        )  # fmt: skip
     store_state(p_ds + o_part * D * E, d00, d01, d10, d11, D, D0, D1, E, E0, E1)
     if RATIO:
         store_vectors(p_dz + o_part * D, dz0, dz1, D, D0, D1)
@@ -267,6 +277,7 @@ def _linear_attention_bwd_keys_kernel(
     if CENTRED:
         b0, b1 = load_vectors(p_dvalue_row + row * E, E, E0, E1)
         ck0, ck1 = load_vectors(p_key_row + row * D, D, D0, D1)
+    if CENTRED or (RATIO and WIDE):
         cv0, cv1 = load_vectors(p_value_row + row * E, E, E0, E1)
     _key_sweep(
         p_k + (batch * k_sb + head * k_sh) * VECTOR,
@@ -291,13 +302,14 @@ def _linear_attention_bwd_fused_kernel(
     dq_sb, dq_sn, dq_sh, dk_sb, dk_sn, dk_sh, dv_sb, dv_sn, dv_sh,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
-    FEATURE: tl.constexpr, NORMALIZER: tl.constexpr, WIDE: tl.constexpr,
-    VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    FEATURE: tl.constexpr, NORMALIZER: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    WIDE: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """All three gradients. Grid (B * H): a program sums the state of its head, sweeps the queries
     for dq and dS, then the keys for dk and dv."""
     RATIO: tl.constexpr = NORMALIZER == "ratio"
     CENTRED: tl.constexpr = NORMALIZER == "covariance"
+    SHIFTED: tl.constexpr = RATIO and WIDE
     FOLD: tl.constexpr = (RATIO or CENTRED) and E1 > 0 and E0 + E1 >= E + 2
     DTYPE: tl.constexpr = tl.float32 if WIDE else p_q.dtype.element_ty
     batch = (tl.program_id(0) // heads).to(tl.int64)
@@ -307,12 +319,19 @@ def _linear_attention_bwd_fused_kernel(
     ck0, ck1, cv0, cv1 = 0.0, 0.0, 0.0, 0.0
     if CENTRED:
         ck0, ck1 = shifts_of(p_k, k_sn * VECTOR, num_keys, D, D0, D1, FEATURE)
-        cv0, cv1 = value_shifts_of(p_v, v_sn * VECTOR, num_keys, E, E0, E1)
-    s00, s01, s10, s11, z0, z1, a0, a1 = moments(
-        p_k, p_v, p_k, p_k, k_sn * VECTOR, v_sn * VECTOR, 0, num_keys, ck0, ck1, cv0, cv1,
-        D, D0, D1, E, E0, E1, FEATURE, CENTRED, False,
-        RATIO or CENTRED, CENTRED, FOLD, WIDE, BLOCK,
-    )  # fmt: skip
+    if CENTRED or SHIFTED:
+        cv0, cv1 = value_shifts_of(p_v, v_sn * VECTOR, num_keys, E, E0, E1, SHIFTED)
+    if KEYS_FIRST:
+        s00, s01, s10, s11, z0, z1 = moments_keys_first(
+            p_k, p_v, k_sn * VECTOR, v_sn * VECTOR, 0, num_keys,
+            D, D0, D1, E, E0, E1, FEATURE, BLOCK,
+        )  # fmt: skip
+    else:
+        s00, s01, s10, s11, z0, z1, a0, a1 = moments(
+            p_k, p_v, p_k, p_k, k_sn * VECTOR, v_sn * VECTOR, 0, num_keys, ck0, ck1, cv0, cv1,
+            D, D0, D1, E, E0, E1, FEATURE, CENTRED, SHIFTED, False,
+            RATIO or CENTRED, CENTRED, FOLD, WIDE, BLOCK,
+        )  # fmt: skip
     # Factor of the constant weights of covariance and none; ratio weighs each query.
     factor = scale
     if CENTRED:
@@ -325,14 +344,22 @@ def _linear_attention_bwd_fused_kernel(
         if E1 > 0:
             cv1 += a1 / num_keys
     s00, s01, s10, s11 = scale_cast(s00, s01, s10, s11, 1.0, DTYPE, D1, E1)
-    d00, d01, d10, d11, dz0, dz1, b0, b1 = _query_sweep(
-        p_do + (batch * do_sb + head * do_sh) * VECTOR,
-        p_q + (batch * q_sb + head * q_sh) * VECTOR,
-        p_dq + (batch * dq_sb + head * dq_sh) * VECTOR,
-        do_sn * VECTOR, q_sn * VECTOR, dq_sn * VECTOR, 0, num_queries,
-        s00, s01, s10, s11, z0, z1, scale, factor, eps,
-        D, D0, D1, E, E0, E1, FEATURE, RATIO, CENTRED, WIDE, BLOCK,
-    )  # fmt: skip
+    p_do += (batch * do_sb + head * do_sh) * VECTOR
+    p_q += (batch * q_sb + head * q_sh) * VECTOR
+    p_dq += (batch * dq_sb + head * dq_sh) * VECTOR
+    b0, b1 = 0.0, 0.0
+    if KEYS_FIRST:
+        d00, d01, d10, d11, dz0, dz1 = query_sweep_keys_first(
+            p_do, p_q, p_dq, do_sn * VECTOR, q_sn * VECTOR, dq_sn * VECTOR, 0, num_queries,
+            s00, s01, s10, s11, z0, z1, scale, eps,
+            D, D0, D1, E, E0, E1, FEATURE, BLOCK,
+        )  # fmt: skip
+    else:
+        d00, d01, d10, d11, dz0, dz1, b0, b1 = _query_sweep(
+            p_do, p_q, p_dq, do_sn * VECTOR, q_sn * VECTOR, dq_sn * VECTOR, 0, num_queries,
+            s00, s01, s10, s11, z0, z1, cv0, cv1, scale, factor, eps,
+            D, D0, D1, E, E0, E1, FEATURE, RATIO, CENTRED, WIDE, BLOCK,
+        )  # fmt: skip
     if RATIO:
         factor = 1.0
     if CENTRED:
@@ -353,13 +380,18 @@ def _linear_attention_bwd_fused_kernel(
 def _shape_arguments(
     kernel: str, query: Tensor, value: Tensor, feature_map: str, normalizer: str
 ) -> dict:
-    d0, d1 = configs.parts_of(query.shape[3], "d", kernel)
-    e0, e1 = configs.parts_of(value.shape[3], "e", kernel)
+    d0, d1 = configs.parts_of(query.shape[3], "d", kernel, query.dtype)
+    e0, e1 = configs.parts_of(value.shape[3], "e", kernel, query.dtype)
     return {
         "D": query.shape[3], "D0": d0, "D1": d1, "E": value.shape[3], "E0": e0, "E1": e1,
         "FEATURE": configs.kernel_feature(feature_map, query), "NORMALIZER": normalizer,
         "WIDE": query.dtype == torch.float16,
     }  # fmt: skip
+
+
+def _keys_first(kernel: str, query: Tensor, value: Tensor, normalizer: str) -> bool:
+    width = max(query.shape[3], value.shape[3])
+    return normalizer == "ratio" and configs.keys_first(kernel, query, width)
 
 
 def _fused(
@@ -374,6 +406,7 @@ def _fused(
         *tensors, num_queries, key.shape[1], heads, scale, eps,
         *strides_in_vectors(vector, *tensors),
         **_shape_arguments("bwd_fused", query, value, feature_map, normalizer),
+        KEYS_FIRST=_keys_first("bwd_fused", query, value, normalizer),
         VECTOR=vector, BLOCK=launch.block, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
 
@@ -386,15 +419,18 @@ def _query_side(
     batch, num_queries, heads, head_dim = query.shape
     value_dim = d_out.shape[3]
     rows = batch * heads
-    launch = configs.launch_of("bwd_queries", query, max(head_dim, value_dim))
+    keys_first = _keys_first("bwd_queries", query, d_out, normalizer)
+    kernel = "bwd_queries_keys_first" if keys_first else "bwd_queries"
+    launch = configs.launch_of(kernel, query, max(head_dim, value_dim))
     ranges, share = configs.splits_of(num_queries, rows, query, launch)
     parts = empty_parts(ranges, rows, head_dim, value_dim, query)
     vector = common_vector(d_out, query, dq)
     _linear_attention_bwd_queries_kernel[(rows * ranges,)](
-        d_out, query, dq, state.matrix, state.key_row, *parts[:3],
+        d_out, query, dq, *state, *parts[:3],
         num_queries, share, rows, heads, scale, scale if normalizer == "none" else 1.0, eps,
         *strides_in_vectors(vector, d_out, query, dq),
-        **_shape_arguments("bwd_queries", query, d_out, feature_map, normalizer),
+        **_shape_arguments(kernel, query, d_out, feature_map, normalizer),
+        KEYS_FIRST=keys_first,
         VECTOR=vector, BLOCK=launch.block, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     factor = {"ratio": 1.0, "none": scale, "covariance": scale / num_keys}[normalizer]
@@ -439,7 +475,8 @@ def linear_attention_bwd(
             return dq, dk, dv
         query_side = query_side_wide if way == "wide" else _query_side
         key_side = key_side_wide if way == "wide" else _key_side
-        state = forward_state(key, value, feature_map, normalizer, scale)
+        shifted = normalizer == "ratio" and query.dtype == torch.float16
+        state = forward_state(key, value, feature_map, normalizer, scale, shifted)
         d_state = query_side(d_out, query, dq, state, key.shape[1], *options)
         key_side(key, value, dk, dv, d_state, state, feature_map, normalizer)
     return dq, dk, dv

@@ -28,7 +28,8 @@ from .triton_state import State, sweep
     do_not_specialize=["num_queries", "rows", "heads", "scale", "eps", "do_sb", "q_sb", "dq_sb"]
 )
 def _linear_attention_bwd_dq_wide_kernel(
-    p_do, p_q, p_dq, p_state, p_key_row, p_weight, p_gain, num_queries, rows, heads, scale, eps,
+    p_do, p_q, p_dq, p_state, p_key_row, p_value_row, p_weight, p_gain,
+    num_queries, rows, heads, scale, eps,
     do_sb, do_sn, do_sh, q_sb, q_sn, q_sh, dq_sb, dq_sn, dq_sh,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E: tl.constexpr,
     FEATURE: tl.constexpr, NORMALIZER: tl.constexpr, WIDE: tl.constexpr,
@@ -36,6 +37,7 @@ def _linear_attention_bwd_dq_wide_kernel(
 ):  # fmt: skip
     """dq, and for ratio the weights w_i and gains -w_i u_i of the sums over queries. Grid
     (B * H * tiles): a program streams the state past one tile of queries."""
+    SHIFTED: tl.constexpr = NORMALIZER == "ratio" and WIDE
     row = tl.program_id(0) % rows
     tile = tl.program_id(0) // rows
     batch = (row // heads).to(tl.int64)
@@ -49,9 +51,9 @@ def _linear_attention_bwd_dq_wide_kernel(
     p_do += (batch * do_sb + head * do_sh) * VECTOR
     p_q += (batch * q_sb + head * q_sh) * VECTOR
     p_dq += (batch * dq_sb + head * dq_sh) * VECTOR
-    t0, t1, _ = rows_times_state(
-        p_do, p_state + row * D * E, p_do, p_do, o_do, m_m, D, 1,
-        E, D, D0, D1, "identity", False, False, WIDE, BLOCK, BLOCK_R,
+    t0, t1, shift = rows_times_state(
+        p_do, p_state + row * D * E, p_do, p_value_row + row * E, o_do, m_m, D, 1,
+        E, D, D0, D1, "identity", False, SHIFTED, WIDE, BLOCK, BLOCK_R,
     )  # fmt: skip
     q0 = load_tile(p_q, o_q, m_m, 0, D, D0)
     q1 = 0.0
@@ -69,8 +71,11 @@ def _linear_attention_bwd_dq_wide_kernel(
         if D1 > 0:
             z1 = load_vector(p_key_row, D0, D, D1)
             f1 = feature(q1, FEATURE)
-        weight = scale / (scale * rows_dot_vector(f0, f1, z0, z1, D1) + eps)
+        inverse = 1.0 / (scale * rows_dot_vector(f0, f1, z0, z1, D1) + eps)
+        weight = scale * inverse
         gain = -weight * row_dot(f0, f1, t0, t1, D1)
+        if SHIFTED:
+            gain += eps * inverse * shift
         t0 = (t0 + gain[:, None] * z0[None, :]) * weight[:, None]
         if D1 > 0:
             t1 = (t1 + gain[:, None] * z1[None, :]) * weight[:, None]
@@ -94,6 +99,7 @@ def _linear_attention_bwd_dkv_wide_kernel(
 ):  # fmt: skip
     """dk and dv from dS. Grid (B * H * tiles): a program streams it past one tile of tokens."""
     CENTRED: tl.constexpr = NORMALIZER == "covariance"
+    SHIFTED: tl.constexpr = CENTRED or (NORMALIZER == "ratio" and WIDE)
     row = tl.program_id(0) % rows
     tile = tl.program_id(0) // rows
     batch = (row // heads).to(tl.int64)
@@ -112,7 +118,7 @@ def _linear_attention_bwd_dkv_wide_kernel(
     p_dstate += row * D * E
     dk0, dk1, _ = rows_times_state(
         p_v, p_dstate, p_value_row + row * E, p_v, o_v, m_n, D, 1,
-        E, D, D0, D1, "identity", CENTRED, False, WIDE, BLOCK, BLOCK_R,
+        E, D, D0, D1, "identity", SHIFTED, False, WIDE, BLOCK, BLOCK_R,
     )  # fmt: skip
     if NORMALIZER == "ratio":
         dk0 += load_vector(p_dkey_row + row * D, 0, D, D0)[None, :]
@@ -145,14 +151,14 @@ def query_side_wide(
     value_dim = d_out.shape[3]
     rows = batch * heads
     launch = configs.launch_of("bwd_dq_wide", query, max(head_dim, value_dim))
-    d0, d1 = configs.parts_of(head_dim, "d", "bwd_wide")
+    d0, d1 = configs.parts_of(head_dim, "d", "bwd_wide", query.dtype)
     ratio = normalizer == "ratio"
     weight, gain = (
         empty(rows, num_queries if ratio else 0, like=query, dtype=torch.float32) for _ in range(2)
     )
     vector = common_vector(d_out, query, dq)
     _linear_attention_bwd_dq_wide_kernel[(rows * triton.cdiv(num_queries, launch.block),)](
-        d_out, query, dq, state.matrix, state.key_row, weight, gain,
+        d_out, query, dq, *state, weight, gain,
         num_queries, rows, heads, scale, eps, *strides_in_vectors(vector, d_out, query, dq),
         D=head_dim, D0=d0, D1=d1, E=value_dim,
         FEATURE=configs.kernel_feature(feature_map, query), NORMALIZER=normalizer,
@@ -163,7 +169,7 @@ def query_side_wide(
     factor = {"ratio": 1.0, "none": scale, "covariance": scale / num_keys}[normalizer]
     return sweep(
         query, d_out, weight, gain, factor=factor, count=num_keys, feature_map=feature_map,
-        centred=False, weighted=ratio, sum_k=ratio, sum_v=normalizer == "covariance",
+        centred=False, shifted=False, weighted=ratio, sum_k=ratio, sum_v=normalizer == "covariance",
     )  # fmt: skip
 
 
@@ -176,8 +182,8 @@ def key_side_wide(
     value_dim = value.shape[3]
     rows = batch * heads
     launch = configs.launch_of("bwd_dkv_wide", key, max(head_dim, value_dim))
-    d0, d1 = configs.parts_of(head_dim, "d", "bwd_wide")
-    e0, e1 = configs.parts_of(value_dim, "e", "bwd_wide")
+    d0, d1 = configs.parts_of(head_dim, "d", "bwd_wide", key.dtype)
+    e0, e1 = configs.parts_of(value_dim, "e", "bwd_wide", key.dtype)
     tensors = (key, value, dk, dv)
     vector = common_vector(*tensors)
     _linear_attention_bwd_dkv_wide_kernel[(rows * triton.cdiv(num_keys, launch.block),)](

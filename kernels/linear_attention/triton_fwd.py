@@ -101,10 +101,10 @@ def _linear_attention_fwd_fused_kernel(
     ck0, ck1, b0, b1 = 0.0, 0.0, 0.0, 0.0
     if CENTRED:
         ck0, ck1 = shifts_of(p_k, k_sn * VECTOR, num_keys, D, D0, D1, FEATURE)
-        b0, b1 = value_shifts_of(p_v, v_sn * VECTOR, num_keys, E, E0, E1)
+        b0, b1 = value_shifts_of(p_v, v_sn * VECTOR, num_keys, E, E0, E1, False)
     s00, s01, s10, s11, z0, z1, a0, a1 = moments(
         p_k, p_v, p_k, p_k, k_sn * VECTOR, v_sn * VECTOR, 0, num_keys, ck0, ck1, b0, b1,
-        D, D0, D1, E, E0, E1, FEATURE, CENTRED, False,
+        D, D0, D1, E, E0, E1, FEATURE, CENTRED, False, False,
         RATIO or CENTRED, CENTRED, FOLD, WIDE, BLOCK,
     )  # fmt: skip
     if CENTRED:
@@ -209,8 +209,8 @@ def _fused(
     batch, num_queries, heads, head_dim = query.shape
     value_dim = value.shape[3]
     launch = configs.launch_of("fwd_fused", query, max(head_dim, value_dim))
-    d0, d1 = configs.parts_of(head_dim, "d", "fwd_fused")
-    e0, e1 = configs.parts_of(value_dim, "e", "fwd_fused")
+    d0, d1 = configs.parts_of(head_dim, "d", "fwd_fused", query.dtype)
+    e0, e1 = configs.parts_of(value_dim, "e", "fwd_fused", query.dtype)
     vector = common_vector(query, key, value, out)
     _linear_attention_fwd_fused_kernel[(batch * heads,)](
         query, key, value, out, num_queries, key.shape[1], heads, scale, eps,
@@ -229,7 +229,7 @@ def _apply(
     batch, num_queries, heads, head_dim = query.shape
     value_dim = out.shape[3]
     rows = batch * heads
-    e0, e1 = configs.parts_of(value_dim, "e", "fwd_apply")
+    e0, e1 = configs.parts_of(value_dim, "e", "fwd_apply", query.dtype)
     vector = common_vector(query, out)
     common = {
         "D": head_dim, "E": value_dim, "E0": e0, "E1": e1,
@@ -246,7 +246,7 @@ def _apply(
         )  # fmt: skip
         return
     launch = configs.launch_of("fwd_apply", query, max(head_dim, value_dim))
-    d0, d1 = configs.parts_of(head_dim, "d", "fwd_apply")
+    d0, d1 = configs.parts_of(head_dim, "d", "fwd_apply", query.dtype)
     ranges, share = configs.splits_of(num_queries, rows, query, launch)
     _linear_attention_fwd_apply_kernel[(rows * ranges,)](
         query, out, *state, num_queries, share, rows, heads, scale, eps, *strides, **common,
@@ -271,6 +271,6 @@ def linear_attention_fwd(
         if way == "fused":
             _fused(query, key, value, out, *options)
         else:
-            state = forward_state(key, value, feature_map, normalizer, scale)
+            state = forward_state(key, value, feature_map, normalizer, scale, shifted=False)
             _apply(query, out, state, way == "wide", *options)
     return out

@@ -20,6 +20,7 @@ from .triton_blocks import (
     store_vectors,
     value_shifts_of,
 )
+from .triton_keys_first import moments_keys_first
 
 
 @triton.jit(
@@ -30,13 +31,15 @@ def _linear_attention_fwd_moments_kernel(
     num_tokens, tokens_per_split, heads, factor, count, k_sb, k_sn, k_sh, v_sb, v_sn, v_sh,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     E: tl.constexpr, EB: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
-    FEATURE: tl.constexpr, CENTRED: tl.constexpr, WEIGHTED: tl.constexpr,
-    SUM_K: tl.constexpr, SUM_V: tl.constexpr, WIDE: tl.constexpr, FINAL: tl.constexpr,
+    FEATURE: tl.constexpr, CENTRED: tl.constexpr, SHIFTED: tl.constexpr, WEIGHTED: tl.constexpr,
+    SUM_K: tl.constexpr, SUM_V: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    WIDE: tl.constexpr, FINAL: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Moments of `triton_blocks.moments`. Grid (B * H * blocks of EB value columns, splits): a
     program sums its range of tokens. FINAL, for one split: finished state and rows, as the reduce
-    kernel writes them. Else the first split also writes the shifts; the first block writes z."""
+    kernel writes them. Else, or if SHIFTED, the first split also writes the shifts; the first block
+    writes z."""
     BLOCKS: tl.constexpr = (E + EB - 1) // EB
     FOLD: tl.constexpr = SUM_K and E == EB and E1 > 0 and E0 + E1 >= E + 2
     row = tl.program_id(0) // BLOCKS
@@ -59,14 +62,22 @@ def _linear_attention_fwd_moments_kernel(
     ck0, ck1, cv0, cv1 = 0.0, 0.0, 0.0, 0.0
     if CENTRED:
         ck0, ck1 = shifts_of(p_k, k_sn * VECTOR, num_tokens, D, D0, D1, FEATURE)
-        cv0, cv1 = value_shifts_of(p_v, v_sn * VECTOR, num_tokens, columns, E0, E1)
+    if CENTRED or SHIFTED:
+        cv0, cv1 = value_shifts_of(p_v, v_sn * VECTOR, num_tokens, columns, E0, E1, SHIFTED)
     start = split * tokens_per_split
     stop = tl.minimum(start + tokens_per_split, num_tokens)
-    s00, s01, s10, s11, z0, z1, a0, a1 = moments(
-        p_k, p_v, p_weight, p_gain, k_sn * VECTOR, v_sn * VECTOR, start, stop,
-        ck0, ck1, cv0, cv1, D, D0, D1, columns, E0, E1, FEATURE, CENTRED, WEIGHTED,
-        SUM_K, SUM_V, FOLD, WIDE, BLOCK,
-    )  # fmt: skip
+    if KEYS_FIRST:
+        a0, a1 = 0.0, 0.0
+        s00, s01, s10, s11, z0, z1 = moments_keys_first(
+            p_k, p_v, k_sn * VECTOR, v_sn * VECTOR, start, stop,
+            D, D0, D1, columns, E0, E1, FEATURE, BLOCK,
+        )  # fmt: skip
+    else:
+        s00, s01, s10, s11, z0, z1, a0, a1 = moments(
+            p_k, p_v, p_weight, p_gain, k_sn * VECTOR, v_sn * VECTOR, start, stop,
+            ck0, ck1, cv0, cv1, D, D0, D1, columns, E0, E1, FEATURE, CENTRED, SHIFTED, WEIGHTED,
+            SUM_K, SUM_V, FOLD, WIDE, BLOCK,
+        )  # fmt: skip
     if FINAL:
         if CENTRED:
             s00, s01, s10, s11 = centre(s00, s01, s10, s11, z0, z1, a0, a1, count, D1, E1)
@@ -81,6 +92,9 @@ def _linear_attention_fwd_moments_kernel(
     elif CENTRED:  # noqa: SIM102 - known when compiling, the other when running
         if split == 0:
             store_vectors(p_ck + row * D, ck0, ck1, D, D0, D1)
+            store_vectors(p_cv + row * E + block * EB, cv0, cv1, columns, E0, E1)
+    if SHIFTED:  # noqa: SIM102 - known when compiling, the other when running
+        if split == 0:
             store_vectors(p_cv + row * E + block * EB, cv0, cv1, columns, E0, E1)
     store_state(p_s, s00, s01, s10, s11, D, D0, D1, columns, E0, E1)
     if SUM_K:  # noqa: SIM102 - the first is known when compiling, the second when running
@@ -206,24 +220,30 @@ def sweep(
     count: int,
     feature_map: str,
     centred: bool,
+    shifted: bool,
     weighted: bool,
     sum_k: bool,
     sum_v: bool,
 ) -> State:
-    """State of (key, value), each key weighed if `weighted`."""
+    """State of (key, value), each key weighed if `weighted`; if `shifted` the state of the values
+    less their shift, which is then the row of values."""
     batch, tokens, heads, head_dim = key.shape
     value_dim = value.shape[3]
     rows = batch * heads
+    width = max(head_dim, value_dim)
     launch = configs.launch_of("fwd_moments", key, max(head_dim, min(value_dim, 128)))
+    plain = sum_k and not (centred or shifted or weighted)
+    keys_first = plain and configs.keys_first("fwd_moments", key, width)
     columns = configs.value_block(head_dim, value_dim, key.element_size())
-    d0, d1 = configs.parts_of(head_dim, "d", "fwd_moments")
-    e0, e1 = configs.parts_of(columns, "e", "fwd_moments")
+    parts = "fwd_moments_keys_first" if keys_first else "fwd_moments"
+    d0, d1 = configs.parts_of(head_dim, "d", parts, key.dtype)
+    e0, e1 = configs.parts_of(columns, "e", parts, key.dtype)
     blocks = triton.cdiv(value_dim, columns)
     splits, share = configs.splits_of(tokens, rows * blocks, key, launch)
     sums = {"sum_k": sum_k, "sum_v": sum_v, "centred": centred}
     if splits == 1:
         state = empty_state(rows, head_dim, value_dim, key)
-        # The shifts stay in the program: their places are filled, not used.
+        # Shifts of keys stay in the program: their place is filled, not used.
         parts = Parts(*state, state.key_row, state.value_row)
     else:
         parts = empty_parts(splits, rows, head_dim, value_dim, key)
@@ -232,23 +252,26 @@ def sweep(
         key, value, weight, gain, *parts,
         tokens, share, heads, factor, float(count), *strides_in_vectors(vector, key, value),
         D=head_dim, D0=d0, D1=d1, E=value_dim, EB=columns, E0=e0, E1=e1,
-        FEATURE=configs.kernel_feature(feature_map, key), CENTRED=centred, WEIGHTED=weighted,
-        SUM_K=sum_k, SUM_V=sum_v, WIDE=key.dtype == torch.float16, FINAL=splits == 1,
+        FEATURE=configs.kernel_feature(feature_map, key),
+        CENTRED=centred, SHIFTED=shifted, WEIGHTED=weighted,
+        SUM_K=sum_k, SUM_V=sum_v, KEYS_FIRST=keys_first,
+        WIDE=key.dtype == torch.float16, FINAL=splits == 1,
         VECTOR=vector, BLOCK=launch.block, num_warps=launch.warps, num_stages=launch.stages,
     )  # fmt: skip
     if splits == 1:
         return state
-    return reduce_parts(parts, key, factor=factor, count=count, **sums)
+    state = reduce_parts(parts, key, factor=factor, count=count, **sums)
+    return state._replace(value_row=parts.value_shift) if shifted else state
 
 
 def forward_state(
-    key: Tensor, value: Tensor, feature_map: str, normalizer: str, scale: float
+    key: Tensor, value: Tensor, feature_map: str, normalizer: str, scale: float, shifted: bool
 ) -> State:
     """The state that queries meet: S and z for ratio, s Cov and both means for covariance."""
     covariance = normalizer == "covariance"
     return sweep(
         key, value, key, key,
         factor=scale / key.shape[1] if covariance else 1.0, count=key.shape[1],
-        feature_map=feature_map, centred=covariance, weighted=False,
+        feature_map=feature_map, centred=covariance, shifted=shifted, weighted=False,
         sum_k=normalizer != "none", sum_v=covariance,
     )  # fmt: skip

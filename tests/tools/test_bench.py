@@ -285,6 +285,16 @@ def test_peers_are_skipped_when_asked_or_late() -> None:
     }
 
 
+def test_peers_can_be_chosen_and_times_are_said_at_once() -> None:
+    peers = {"one": eager(lambda x: x + x), "other": eager(lambda x: x + x)}
+    said: list[str] = []
+    _, rows = runner.run_cases(
+        [small_case(peers=peers)], settings(peers=["other"], say=said.append)
+    )
+    assert {row.impl for row in rows} == {OURS, "other"}
+    assert sum(line.startswith("  fwd: ") and line.endswith(" ms") for line in said) == 2
+
+
 def test_targets() -> None:
     targets = {("fwd", "floor"): 1.5, ("fwd", "peer"): 2.0, ("bwd", "peer"): 2.0, ("bwd", "x"): 1.0}
     case = small_case(targets=targets)

@@ -46,6 +46,7 @@ class Settings:
         use_compile: run peers that need torch.compile.
         budget: seconds after which no further peer starts.
         directions: those wanted; empty for all of a case.
+        peers: those wanted; empty for all of a case.
         say: takes lines about progress.
     """
 
@@ -55,6 +56,7 @@ class Settings:
     use_compile: bool = True
     budget: float = float("inf")
     directions: Sequence[str] = ()
+    peers: Sequence[str] = ()
     say: Callable[[str], None] = print
 
 
@@ -96,7 +98,8 @@ def run_cases(cases: Sequence[Case], settings: Settings) -> tuple[float, list[Ro
     # What compiles is slow to start, so it comes last: a spent budget costs no other row.
     for is_compiled in (False, True):
         for case in cases:
-            entries = {OURS: case.ours, **case.peers}
+            wanted = {n: p for n, p in case.peers.items() if n in (settings.peers or case.peers)}
+            entries = {OURS: case.ours, **wanted}
             chosen = {n: p for n, p in entries.items() if p.is_compiled == is_compiled}
             if is_compiled and not settings.use_compile:
                 rows += _failed(case, chosen, settings, bandwidth, "skipped: --no-compile")
@@ -179,6 +182,8 @@ def _timed(
             row = Row(case, name, direction, None, floor, short(error))
         sets = []
         release(settings.device)
+        # At once, so that a run cut short has said what it found.
+        settings.say(f"  {direction}: {row.error or f'{times.p50:.4f} ms'}")
         yield row
     del run
     release(settings.device)
