@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._common.launch import common_vector, empty, strides_in_vectors
+from .._common.launch import ceil_div, common_vector, empty, strides_in_vectors
 from . import configs
 from .triton_blocks import (
     feature,
@@ -157,7 +157,7 @@ def query_side_wide(
         empty(rows, num_queries if ratio else 0, like=query, dtype=torch.float32) for _ in range(2)
     )
     vector = common_vector(d_out, query, dq)
-    _linear_attention_bwd_dq_wide_kernel[(rows * triton.cdiv(num_queries, launch.block),)](
+    _linear_attention_bwd_dq_wide_kernel[(rows * ceil_div(num_queries, launch.block),)](
         d_out, query, dq, *state, weight, gain,
         num_queries, rows, heads, scale, eps, *strides_in_vectors(vector, d_out, query, dq),
         D=head_dim, D0=d0, D1=d1, E=value_dim,
@@ -186,7 +186,7 @@ def key_side_wide(
     e0, e1 = configs.parts_of(value_dim, "e", "bwd_wide", key.dtype)
     tensors = (key, value, dk, dv)
     vector = common_vector(*tensors)
-    _linear_attention_bwd_dkv_wide_kernel[(rows * triton.cdiv(num_keys, launch.block),)](
+    _linear_attention_bwd_dkv_wide_kernel[(rows * ceil_div(num_keys, launch.block),)](
         *tensors, *d_state, state.key_row, state.value_row, num_keys, rows, heads,
         *strides_in_vectors(vector, *tensors),
         D=head_dim, D0=d0, D1=d1, E=value_dim, E0=e0, E1=e1,

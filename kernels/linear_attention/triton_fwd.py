@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._common.launch import (
+    ceil_div,
     common_vector,
     device_guard,
     empty,
@@ -239,7 +240,7 @@ def _apply(
     strides = strides_in_vectors(vector, query, out)
     if wide:
         launch = configs.launch_of("fwd_apply_wide", query, max(head_dim, value_dim))
-        _linear_attention_fwd_apply_wide_kernel[(rows * triton.cdiv(num_queries, launch.block),)](
+        _linear_attention_fwd_apply_wide_kernel[(rows * ceil_div(num_queries, launch.block),)](
             query, out, *state, num_queries, rows, heads, scale, eps, *strides, **common,
             BLOCK=launch.block, BLOCK_R=launch.step,
             num_warps=launch.warps, num_stages=launch.stages,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._common.launch import common_vector, empty, strides_in_vectors
+from .._common.launch import ceil_div, common_vector, empty, strides_in_vectors
 from . import configs
 from .triton_blocks import (
     centre,
@@ -201,7 +201,7 @@ def reduce_parts(
     splits, rows, value_dim, head_dim = parts.matrix.shape
     state = empty_state(rows, head_dim, value_dim, like)
     block = 512
-    _linear_attention_fwd_reduce_kernel[(rows, triton.cdiv(head_dim * value_dim, block))](
+    _linear_attention_fwd_reduce_kernel[(rows, ceil_div(head_dim * value_dim, block))](
         *parts, *state, splits, factor, float(count),
         D=head_dim, E=value_dim, CENTRED=centred, SUM_K=sum_k, SUM_V=sum_v,
         D_PAD=triton.next_power_of_2(head_dim), E_PAD=triton.next_power_of_2(value_dim),
@@ -238,7 +238,7 @@ def sweep(
     parts = "fwd_moments_keys_first" if keys_first else "fwd_moments"
     d0, d1 = configs.parts_of(head_dim, "d", parts, key.dtype)
     e0, e1 = configs.parts_of(columns, "e", parts, key.dtype)
-    blocks = triton.cdiv(value_dim, columns)
+    blocks = ceil_div(value_dim, columns)
     splits, share = configs.splits_of(tokens, rows * blocks, key, launch)
     sums = {"sum_k": sum_k, "sum_v": sum_v, "centred": centred}
     if splits == 1:

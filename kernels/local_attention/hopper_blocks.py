@@ -7,13 +7,13 @@ memory, once for both groups; a group skips those its discs do not touch. Writte
 Triton's own language does not specialise warps on this architecture.
 """
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .._common.launch import ceil_div
 from .triton_blocks import tile_columns
 
 SIDE = gl.constexpr(8)
@@ -149,5 +149,5 @@ def dense_descriptor(tensor: Tensor, count: int) -> TensorDescriptor:
 
 def tiles_of(height: int, width: int) -> tuple[int, int]:
     """Tiles of 8 x 8 tokens of a grid, and items of two neighbours in a row."""
-    rows, columns = triton.cdiv(height, SIDE.value), triton.cdiv(width, SIDE.value)
-    return rows * columns, rows * triton.cdiv(columns, 2)
+    rows, columns = ceil_div(height, SIDE.value), ceil_div(width, SIDE.value)
+    return rows * columns, rows * ceil_div(columns, 2)

@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .._common.launch import empty, multiprocessors
+from .._common.launch import ceil_div, empty, multiprocessors
 from . import configs
 from .hopper_blocks import TILE, dense_descriptor, grid_descriptor, tiles_of
 from .hopper_bwd import (
@@ -69,7 +69,7 @@ class HopperBackward:
         self.batch, _, self.heads, self.head_dim = query.shape
         self.value_dim = value.shape[3]
         self.grid_tiles, self.grid_items = tiles_of(height, width)
-        self.prefix_tiles = triton.cdiv(num_prefix, TILE.value)
+        self.prefix_tiles = ceil_div(num_prefix, TILE.value)
         self.constants = {
             "D": self.head_dim, "E": self.value_dim, "num_warps": 4,
             "STAGES": configs.hopper_stages("bwd", self.head_dim, self.value_dim),
@@ -103,12 +103,12 @@ class HopperBackward:
 
     def _dense_items(self, num_own: int, first: int) -> tuple[int, tuple[int, ...]]:
         """Parts, and the same numbers of a launch that owns `num_own` leading tokens."""
-        blocks = triton.cdiv(num_own, _GROUPS * TILE.value)
+        blocks = ceil_div(num_own, _GROUPS * TILE.value)
         visited = self.prefix_tiles + self.grid_tiles - first
         count = self.batch * self.heads * blocks
         parts = configs.even_parts(count, visited, self.programs)
-        share = triton.cdiv(visited, parts)
-        parts = triton.cdiv(visited, share)
+        share = ceil_div(visited, parts)
+        parts = ceil_div(visited, share)
         return parts, (count * parts, blocks * parts, 1, blocks, first, share, self.batch)
 
     def queries(self, grad: Tensor, *, image: bool) -> None:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._common.launch import (
+    ceil_div,
     common_vector,
     device_guard,
     empty,
@@ -319,7 +320,7 @@ class _Backward:
         launch = configs.launch_of("local_bwd_dq", query, self.width)
         programs, parts, share, part = launch.own_tiles(*self.grid), 1, 0, grad
         if not image:
-            programs = triton.cdiv(self.num_prefix, launch.own_size)
+            programs = ceil_div(self.num_prefix, launch.own_size)
             parts, share = configs.parts_of(
                 self.num_tokens, launch.other_size, self.batch * self.heads * programs, query
             )
@@ -351,7 +352,7 @@ class _Backward:
         programs, parts, share = launch.own_tiles(*self.grid), 1, 0
         grads = (grad_key, grad_value)
         if not image:
-            programs = triton.cdiv(num_keys, launch.own_size)
+            programs = ceil_div(num_keys, launch.own_size)
             parts, share = configs.parts_of(
                 self.num_tokens - first_query, launch.other_size,
                 self.batch * self.heads * programs, query,

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._common.launch import (
+    ceil_div,
     common_vector,
     device_guard,
     empty,
@@ -182,7 +183,7 @@ def _merge(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
     (parts * B, T, H, E) and (parts * B, T, H)."""
     batch, num_tokens, heads, value_dim = out.shape
     rows, block = part.shape[1], 16
-    _merge_kernel[(triton.cdiv(rows * heads, block), batch)](
+    _merge_kernel[(ceil_div(rows * heads, block), batch)](
         part, part_lse, out, lse, part.shape[0] // batch, batch, rows, heads, num_tokens,
         *part.stride()[:3], *part_lse.stride(),
         E=value_dim, BLOCK_E=configs.channel_block(value_dim), BLOCK=block, num_warps=4,
@@ -224,7 +225,7 @@ def _fill_prefix(
     batch, num_tokens, heads, head_dim = query.shape
     value_dim = value.shape[3]
     launch = configs.launch_of("local_fwd", query, max(head_dim, value_dim))
-    programs = triton.cdiv(num_prefix, launch.own_size)
+    programs = ceil_div(num_prefix, launch.own_size)
     parts, share = configs.parts_of(num_tokens, launch.other_size, batch * heads * programs, query)
     part, part_lse = out, lse
     if parts > 1:
