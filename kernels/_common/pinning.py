@@ -30,3 +30,8 @@ def pinned(**settings: object) -> Iterator[None]:
 def pin_or(name: str, setting: Setting) -> Setting:
     """The pinned setting of `name` if there is one, else `setting`."""
     return _PINS.get().get(name, setting)  # type: ignore[return-value]
+
+
+def is_pinned() -> bool:
+    """Whether any setting is pinned."""
+    return bool(_PINS.get())

@@ -20,4 +20,4 @@ register(
 
 def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """The operation of `api.layer_norm` by the Triton kernel."""
-    return torch.ops.lintra.layer_norm_fwd(x, weight, bias, float(eps))
+    return torch.ops.lintra.layer_norm_fwd.default(x, weight, bias, float(eps))

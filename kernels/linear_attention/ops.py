@@ -44,7 +44,7 @@ class _LinearAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.options = options
-        return torch.ops.lintra.linear_attention_fwd(query, key, value, *options)
+        return torch.ops.lintra.linear_attention_fwd.default(query, key, value, *options)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -68,4 +68,4 @@ def linear_attention_triton(
     arguments = (query, key, value, feature_map, normalizer, float(scale), float(eps))
     if needs_gradient(query, key, value):
         return _LinearAttention.apply(*arguments)
-    return torch.ops.lintra.linear_attention_fwd(*arguments)
+    return torch.ops.lintra.linear_attention_fwd.default(*arguments)

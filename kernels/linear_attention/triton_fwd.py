@@ -17,6 +17,7 @@ from .._common.launch import (
     strides_in_vectors,
     unit_last,
 )
+from .._common.plans import Plans
 from . import configs
 from .triton_blocks import (
     centre,
@@ -203,24 +204,40 @@ def _linear_attention_fwd_apply_wide_kernel(
         store_tile(p_o, o_o, m_m, E0, o1, E, E1)
 
 
-def _fused(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor,
-    feature_map: str, normalizer: str, scale: float, eps: float,
-) -> None:  # fmt: skip
+def _plan_fused(
+    tensors: tuple[Tensor, ...], feature_map: str, normalizer: str, scale: float, eps: float
+) -> tuple[tuple[int], tuple[object, ...], dict[str, object]]:
+    """Grid, and what follows the tensors in a call of the fused kernel."""
+    query, key, value, _ = tensors
     batch, num_queries, heads, head_dim = query.shape
     value_dim = value.shape[3]
     launch = configs.launch_of("fwd_fused", query, max(head_dim, value_dim))
     d0, d1 = configs.parts_of(head_dim, "d", "fwd_fused", query.dtype)
     e0, e1 = configs.parts_of(value_dim, "e", "fwd_fused", query.dtype)
-    vector = common_vector(query, key, value, out)
-    _linear_attention_fwd_fused_kernel[(batch * heads,)](
-        query, key, value, out, num_queries, key.shape[1], heads, scale, eps,
-        *strides_in_vectors(vector, query, key, value, out),
-        D=head_dim, D0=d0, D1=d1, E=value_dim, E0=e0, E1=e1,
-        FEATURE=configs.kernel_feature(feature_map, query), NORMALIZER=normalizer,
-        WIDE=query.dtype == torch.float16, VECTOR=vector, BLOCK=launch.block,
-        num_warps=launch.warps, num_stages=launch.stages,
+    vector = common_vector(*tensors)
+    numbers = (
+        num_queries, key.shape[1], heads, scale, eps, *strides_in_vectors(vector, *tensors),
     )  # fmt: skip
+    constants = {
+        "D": head_dim, "D0": d0, "D1": d1, "E": value_dim, "E0": e0, "E1": e1,
+        "FEATURE": configs.kernel_feature(feature_map, query), "NORMALIZER": normalizer,
+        "WIDE": query.dtype == torch.float16, "VECTOR": vector, "BLOCK": launch.block,
+        "num_warps": launch.warps, "num_stages": launch.stages,
+    }  # fmt: skip
+    return (batch * heads,), numbers, constants
+
+
+_FUSED_PLANS = Plans(_plan_fused)
+_WAYS = Plans(lambda tensors: configs.way_of("fwd", *tensors))
+
+
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor,
+    feature_map: str, normalizer: str, scale: float, eps: float,
+) -> None:  # fmt: skip
+    tensors = (query, key, value, out)
+    grid, numbers, constants = _FUSED_PLANS(tensors, feature_map, normalizer, scale, eps)
+    _linear_attention_fwd_fused_kernel[grid](*tensors, *numbers, **constants)
 
 
 def _apply(
@@ -268,7 +285,7 @@ def linear_attention_fwd(
     query, key, value = (unit_last(x) for x in (query, key, value))
     options = (feature_map, normalizer, scale, eps)
     with device_guard(query):
-        way = configs.way_of("fwd", query, key, value)
+        way = _WAYS((query, key, value))
         if way == "fused":
             _fused(query, key, value, out, *options)
         else:

@@ -63,7 +63,7 @@ class _TokenConv2d(torch.autograd.Function):
         ctx.save_for_backward(tokens, weight)
         ctx.grid = grid
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return torch.ops.lintra.token_conv2d_fwd(tokens, weight, bias, residual, *grid)
+        return torch.ops.lintra.token_conv2d_fwd.default(tokens, weight, bias, residual, *grid)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -95,4 +95,4 @@ def token_conv2d_triton(
     arguments = (tokens, weight, bias, residual, num_prefix_tokens, *grid)
     if needs_gradient(tokens, weight, bias, residual):
         return _TokenConv2d.apply(*arguments)
-    return torch.ops.lintra.token_conv2d_fwd(*arguments)
+    return torch.ops.lintra.token_conv2d_fwd.default(*arguments)
