@@ -55,6 +55,8 @@ class Case:
             over the peer; "memory of PEER": highest multiple of the peer's memory.
         directions: those to measure.
         images: of one call, for a model; 0 where nobody counts them.
+        counts_launches: the time of a call is what a user waits for, as many a small model in eager
+            mode waits for its host; otherwise launches are queued off the clock.
     """
 
     op: str
@@ -72,6 +74,7 @@ class Case:
     targets: Mapping[tuple[str, str], float] = field(default_factory=dict)
     directions: tuple[str, ...] = DIRECTIONS
     images: int = 0
+    counts_launches: bool = False
 
     def __str__(self) -> str:
         return " ".join(dict.fromkeys([self.op, self.group, self.shape]))

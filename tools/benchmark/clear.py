@@ -124,6 +124,7 @@ def build(
         peers=peers,
         targets=targets,
         directions=("fwd",),
+        counts_launches=True,
     )
 
 

@@ -104,6 +104,7 @@ def build(name: str, size: tuple[int, int, int, int], side: int, batch: int, mod
         targets={} if mode.tiny else targets,
         directions=("step" if mode.training else "fwd",),
         images=batch,
+        counts_launches=True,
     )
 
 

@@ -130,6 +130,7 @@ def build(name: str, side: int, batch: int, speedup: float, mode: Mode) -> Case:
         targets={} if mode.training or not speedup else {("fwd", peer): speedup},
         directions=(direction,),
         images=batch,
+        counts_launches=True,
     )
 
 

@@ -176,7 +176,14 @@ def _timed(
         floor = _floor_ms(case, direction, settings, bandwidth)
         try:
             sets = _sets(case, settings)
-            times = measure(run, direction, sets, settings.device, settings.limits)
+            times = measure(
+                run,
+                direction,
+                sets,
+                settings.device,
+                settings.limits,
+                counts_launches=case.counts_launches,
+            )
             row = Row(case, name, direction, times, floor)
         except Exception as error:
             row = Row(case, name, direction, None, floor, short(error))

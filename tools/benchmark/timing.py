@@ -77,15 +77,16 @@ class Clock:
         self._samples: list[float] = []
 
     def time(self, call: Callable[[], object], host_seconds: float) -> None:
-        """Runs and times `call`, which takes the host `host_seconds` to launch."""
+        """Runs and times `call`, which takes the host `host_seconds` to launch; 0 counts them."""
         if self.device.type != "cuda":
             start = time.perf_counter()
             call()
             self._samples.append((time.perf_counter() - start) * 1e3)
             return
-        # While the GPU sleeps the host queues the whole call: launches do not show as GPU time.
-        seconds = min(2 * host_seconds + 20e-6, 0.1)
-        torch.cuda._sleep(int(seconds * _SLEEP_CYCLES_PER_SECOND))
+        if host_seconds > 0:
+            # While the GPU sleeps the host queues the whole call: launches are no GPU time.
+            seconds = min(2 * host_seconds + 20e-6, 0.1)
+            torch.cuda._sleep(int(seconds * _SLEEP_CYCLES_PER_SECOND))
         pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
         pair[0].record()
         call()
@@ -125,6 +126,8 @@ def measure(
     sets: Sequence[list[Tensor]],
     device: torch.device,
     limits: Limits,
+    *,
+    counts_launches: bool = False,
 ) -> Times:
     """Times `run` in one direction over sets of inputs that take turns.
 
@@ -134,6 +137,7 @@ def measure(
         sets: inputs, see `num_sets`.
         device: of the inputs.
         limits: how often.
+        counts_launches: do not wait for the host to queue a call before it runs.
 
     ``bwd`` has the forwards of a round of sets behind it, off the clock, before its first backward
     starts: none finds what its forward left in the cache.
@@ -161,6 +165,8 @@ def measure(
     clock = Clock(device)
     single = {"fwd": forward, "step": step}.get(direction, both)
     seconds, host = _estimate(lambda: single(0), device, limits.warmup)
+    if counts_launches:
+        host = 0.0
     calls = num_calls(limits, seconds)
     synchronize(device)
     if device.type == "cuda":
