@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.training_utils import EMAModel
 from torch.optim.lr_scheduler import LRScheduler
@@ -143,7 +144,10 @@ class CheckpointKeeper:
         if main:
             shutil.rmtree(partial, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
+        # DeepSpeed would write the frozen parameters, too, of which nothing changes.
+        is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        arguments = {"exclude_frozen_parameters": True} if is_deepspeed else {}
+        self.accelerator.save_state(str(partial), **arguments)
         self.accelerator.wait_for_everyone()
         if main:
             state = {"step": step, "num_processes": self.accelerator.num_processes}
@@ -167,7 +171,9 @@ class CheckpointKeeper:
             if state.get(_WEIGHTS_ONLY):
                 self._load_weights(folder, step)
             else:
-                self.accelerator.load_state(str(folder))
+                is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+                arguments = {"load_module_strict": False} if is_deepspeed else {}
+                self.accelerator.load_state(str(folder), **arguments)
         except Exception as error:  # safetensors, zip, pickle and json each have their own
             raise ValueError(
                 f"`checkpoint.resume_from_checkpoint` must be a whole checkpoint, but {folder}"

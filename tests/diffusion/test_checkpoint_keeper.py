@@ -1,0 +1,45 @@
+"""What the keeper asks of accelerate where DeepSpeed writes the state."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from accelerate.utils import DistributedType
+
+from lintra.diffusion.training.checkpoint import CheckpointKeeper
+from lintra.diffusion.training.config import CheckpointConfig
+
+
+class Accelerator(SimpleNamespace):
+    """Takes down with what it was called."""
+
+    is_main_process = True
+    num_processes = 1
+
+    def register_save_state_pre_hook(self, hook):
+        pass
+
+    register_load_state_pre_hook = register_save_state_pre_hook
+
+    def wait_for_everyone(self):
+        pass
+
+    def save_state(self, folder, **arguments):
+        Path(folder).mkdir(parents=True)
+        self.saved = arguments
+
+    def load_state(self, folder, **arguments):
+        self.loaded = arguments
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.NO])
+def test_deepspeed_leaves_frozen_parameters_out(kind, tmp_path):
+    accelerator = Accelerator(distributed_type=kind)
+    keeper = CheckpointKeeper(accelerator, tmp_path, CheckpointConfig())
+    folder = keeper.save(7)
+    assert json.loads((folder / "run.json").read_text()) == {"step": 7, "num_processes": 1}
+    assert keeper.load(folder) == 7
+    is_deepspeed = kind == DistributedType.DEEPSPEED
+    assert accelerator.saved == ({"exclude_frozen_parameters": True} if is_deepspeed else {})
+    assert accelerator.loaded == ({"load_module_strict": False} if is_deepspeed else {})
