@@ -1,0 +1,67 @@
+"""Launch plans are made once for each layout, and never remembered while settings are pinned."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lintra.kernels._common import plans as module
+from lintra.kernels._common.pinning import pin_or, pinned
+from lintra.kernels._common.plans import Plans
+
+
+@pytest.fixture
+def made() -> list[tuple[object, ...]]:
+    return []
+
+
+@pytest.fixture
+def plans(made: list[tuple[object, ...]]) -> Plans[tuple[object, ...]]:
+    def make(tensors: tuple[Tensor | None, ...], *options: object) -> tuple[object, ...]:
+        plan = (*(None if x is None else x.stride() for x in tensors), *options, pin_or("block", 1))
+        made.append(plan)
+        return plan
+
+    return Plans(make)
+
+
+def test_a_layout_is_planned_once(plans: Plans, made: list) -> None:
+    first = plans((torch.rand(2, 3), None), "relu", 1.0)
+    assert first == ((3, 1), None, "relu", 1.0, 1)
+    assert plans((torch.rand(2, 3), None), "relu", 1.0) is first
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (torch.rand(3, 2).t(), "relu"),
+        (torch.rand(4, 3), "relu"),
+        (torch.rand(2, 3).half(), "relu"),
+        (torch.rand(2, 3, device="meta"), "relu"),
+        (torch.rand(2, 3), "elu1"),
+        (None, "relu"),
+    ],
+)
+def test_what_makes_another_plan(plans: Plans, made: list, other: tuple) -> None:
+    plans((torch.rand(2, 3),), "relu")
+    plans((other[0],), other[1])
+    assert len(made) == 2
+
+
+def test_pinned_settings_are_not_remembered(plans: Plans) -> None:
+    x = torch.rand(2, 3)
+    assert plans((x,))[-1] == 1
+    with pinned(block=7):
+        assert plans((x,))[-1] == 7
+    assert plans((x,))[-1] == 1
+
+
+def test_many_layouts_do_not_pile_up(
+    plans: Plans, made: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LIMIT", 2)
+    for size in (1, 2, 3):
+        plans((torch.rand(size),))
+    assert len(plans._known) == 1
+    plans((torch.rand(3),))
+    assert len(made) == 3
