@@ -6,6 +6,8 @@ from torch.nn import functional as F
 
 from kernel_checks import DEVICE, on_gpu_or_interpreted, poisoned
 from lintra.kernels import layer_norm
+from lintra.kernels.layer_norm import api
+from lintra.kernels.layer_norm.reference import layer_norm_reference
 
 __all__ = ["poisoned"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -90,7 +92,21 @@ def test_compiles_without_a_graph_break():
 @pytest.mark.parametrize("channels", [192, 256, 17])
 def test_kernel_on_gpu(dtype, channels):
     inputs = inputs_of(5, 197, channels, dtype=dtype)
-    assert_close_to_textbook(layer_norm(*inputs), *inputs)
+    assert_close_to_textbook(layer_norm(*inputs, impl="triton"), *inputs)
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(api.MIN_TOKENS, 1), (api.MIN_TOKENS - 1, 0)])
+def test_few_tokens_do_not_pay_for_a_launch(monkeypatch, tokens, expected):
+    calls = []
+
+    def kernel(*inputs):
+        calls.append(inputs)
+        return layer_norm_reference(*inputs)
+
+    monkeypatch.setattr(api, "takes_kernel", lambda *_: True)  # as on a GPU
+    monkeypatch.setattr(api, "layer_norm_triton", kernel)
+    layer_norm(torch.randn(1, tokens, 4), torch.ones(4), torch.zeros(4))
+    assert len(calls) == expected
 
 
 X, PARAMETER = torch.zeros(2, 3, 4), torch.zeros(4)
