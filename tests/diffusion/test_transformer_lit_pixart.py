@@ -18,7 +18,7 @@ from lintra.diffusion import (
 )
 from lintra.diffusion.attention.linear import LiTAttention, LiTAttnProcessor
 from lintra.diffusion.attention.prompt import PromptAttention
-from lintra.diffusion.inheritance import POLICIES
+from lintra.diffusion.inheritance import POLICIES, inherit_weights
 from lintra.diffusion.io import save_pipeline
 from tiny_models import tiny_dit
 from tiny_pixart import (
@@ -73,7 +73,18 @@ def test_cross_attention_keeps_the_donors_heads():
     assert full.transformer_blocks[0].attn2.heads == 16
 
 
-@pytest.mark.parametrize("policy", [None, *POLICIES])
+def test_all_is_for_going_on_with_a_student():
+    with pytest.raises(ValueError, match="the teacher lacks .*attn1.dwc.weight"):
+        LiTPixArtTransformer2DModel.from_teacher(tiny_pixart(), "all")
+    student = LiTPixArtTransformer2DModel.from_teacher(tiny_pixart())
+    larger = LiTPixArtTransformer2DModel.from_config(student.config, sample_size=16)
+    report = inherit_weights(larger, student, "all")
+    assert set(report.inherited) == set(student.state_dict())
+    for name, tensor in larger.state_dict().items():
+        assert torch.equal(tensor, student.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("policy", [None, *(name for name in POLICIES if name != "all")])
 def test_inheritance(policy):
     pixart = tiny_pixart()
     student = LiTPixArtTransformer2DModel.from_teacher(pixart, policy)
