@@ -115,6 +115,10 @@ def test_sample_errors(tmp_path, capsys):
     tiny_pipeline(tiny_lit(num_embeds_ada_norm=4)).save_pretrained(tmp_path)
     assert sample.main([str(tmp_path), "--labels=[4]", "--device=cpu"]) == 2
     assert "error: `labels` must be in 0 .. 3, got 4" in capsys.readouterr().err
+    for name in ("num_inference_steps", "guidance_scale"):
+        assert sample.main([str(tmp_path), f"--{name}", "2", "3", "--device=cpu"]) == 2
+        message = f"error: `{name}` must be one value without --stages, got 2"
+        assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         sample.main([str(tmp_path), "--dtype=int8"])
     assert "`dtype` must be one of fp32, bf16, fp16, got 'int8'" in capsys.readouterr().err

@@ -139,6 +139,14 @@ def _guard_posterize(transform: Any) -> Any:
     return transform
 
 
+def image_size(model: nn.Module) -> tuple[int, int]:
+    """``(height, width)`` that a model was built for; its cfg tells that of published weights."""
+    size = getattr(model, "img_size", None)
+    size = size or getattr(getattr(model, "patch_embed", None), "img_size", None)
+    height, width = size or resolve_model_data_config(model)["input_size"][1:]
+    return height, width
+
+
 def make_loader(
     images: Any, config: DataConfig, model: nn.Module, *, is_training: bool, seed: int = 0
 ) -> DataLoader:
@@ -152,11 +160,8 @@ def make_loader(
         seed: of the augmentation.
     """
     cfg = resolve_model_data_config(model)
-    # The model's own size: its cfg tells that of the published weights.
-    size = getattr(model, "img_size", None)
-    size = size or getattr(getattr(model, "patch_embed", None), "img_size", None)
     transform = create_transform(
-        (cfg["input_size"][0], *size) if size else cfg["input_size"],
+        (cfg["input_size"][0], *image_size(model)),
         is_training=is_training,
         no_aug=config.no_aug,
         scale=config.scale,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as TF
 
 from .config import DataConfig
-from .data import SeededImages, seed_everything
+from .data import SeededImages, image_size, seed_everything
 
 LOG_RATIO = math.log(4 / 3)
 
@@ -82,14 +82,12 @@ class DeviceBatches:
     ) -> None:
         self.config, self.seed, self.rank, self.world_size = config, seed, rank, world_size
         cfg = resolve_model_data_config(model)
-        size = getattr(model, "img_size", None)
-        size = size or getattr(getattr(model, "patch_embed", None), "img_size", None)
-        size = size or cfg["input_size"][1:]
+        size = image_size(model)
         images.transform = None
         pixels = []
         for index in range(len(images)):
             image = TF.pil_to_tensor(images[index][0])
-            if image.shape[1:] != tuple(size):
+            if image.shape[1:] != size:
                 image = TF.resize(image, list(size), antialias=True)
             pixels.append(image)
         self.pixels = torch.stack(pixels).to(device)

@@ -17,6 +17,7 @@ import torch
 
 from ..fold import fold_norms
 from .config import Recipe
+from .data import image_size
 from .loop import BackboneTrainer, TrainingDiverged
 from .records import StopRequest, read_metrics
 from .throughput import images_per_second
@@ -146,7 +147,7 @@ def _row(
         return [arm, "diverged", each, "-", "-", "-"]
     model = timm.create_model(f"local-dir:{ended[0] / 'last'}", pretrained=True).to(device)
     parameters = sum(p.numel() for p in model.parameters())
-    sizes = getattr(model, "img_size", None) or model.patch_embed.img_size
+    sizes = image_size(model)
     dtype = torch.bfloat16 if device == "cuda" else None
     speeds = [
         images_per_second(network, (3, *sizes), batch_size=batch_size, dtype=dtype, seconds=seconds)
