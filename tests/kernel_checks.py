@@ -48,10 +48,14 @@ def assert_three_way(
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh memory is NaN: what a kernel does not write, or reads too early, shows."""
-    empty = torch.empty
 
-    def poison(*size, **options):
-        made = empty(*size, **options)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
+    def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*arguments, **options) -> Tensor:
+            tensor = make(*arguments, **options)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
-    monkeypatch.setattr(torch, "empty", poison)
+        return made
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", poison(Tensor.new_empty))

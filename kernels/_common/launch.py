@@ -40,7 +40,11 @@ def takes_kernel(impl: str, tensor: Tensor, reason: str | None) -> bool:
 
 def empty(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a kernel to fill; one place, so that a test can poison it."""
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+    if dtype is not None:
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    if like.shape == shape:  # half the time on the host, which is in parsing arguments
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+    return like.new_empty(shape)
 
 
 def ceil_div(number: int, divisor: int) -> int:
@@ -77,7 +81,10 @@ def strides_in_vectors(vector: int, *tensors: Tensor) -> list[int]:
 
 def device_guard(tensor: Tensor) -> AbstractContextManager[None]:
     """Makes the device of `tensor` the current one: Triton launches there, whatever the tensors."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    index = tensor.get_device()
+    if index < 0 or index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(index)
 
 
 @cache

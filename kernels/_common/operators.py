@@ -6,9 +6,53 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch.overrides import has_torch_function
+
+_PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
+_PLAIN_NUMBERS = frozenset({int, float, bool, str, type(None)})
 
 
-def register(name: str, schema: str, launcher: str, fake: Callable[..., Any]) -> None:
+class Operator:
+    """``lintra::<name>``: ``operator(*arguments)`` by the dispatcher of PyTorch, or without it.
+
+    The dispatcher costs the host some 10 us a call, which eager mode waits for. Where it would do
+    nothing but call the launcher, the launcher is called.
+    """
+
+    def __init__(self, name: str, launch: Callable[..., Any]) -> None:
+        self._registered = getattr(torch.ops.lintra, name).default
+        self._launch = launch
+
+    def __call__(self, *arguments: Any) -> Any:
+        # The first is a constant to torch.compile, which then traces the operator.
+        if torch.compiler.is_compiling() or _is_dispatched(arguments):
+            return self._registered(*arguments)
+        return self._launch(*arguments)
+
+
+def _is_dispatched(arguments: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher has more to do with a call than to run the kernel of the device."""
+    if (
+        has_torch_function(arguments)  # subclasses and function modes
+        or torch._C._len_torch_dispatch_stack()  # FlopCounterMode, fake tensors, make_fx
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
+        or torch.autograd._profiler_enabled()  # shows operators by their names
+    ):
+        return True
+    for x in arguments:
+        kind = type(x)
+        if kind in _PLAIN_TENSORS:
+            # No memory of its own (meta, functional, zero), other values than those in memory, or
+            # a place in a graph.
+            if not x.data_ptr() or x.is_neg() or (x.requires_grad and torch.is_grad_enabled()):
+                return True
+        elif kind not in _PLAIN_NUMBERS:
+            return True
+    return False
+
+
+def register(name: str, schema: str, launcher: str, fake: Callable[..., Any]) -> Operator:
     """Defines ``lintra::<name>``.
 
     Args:
@@ -32,10 +76,14 @@ def register(name: str, schema: str, launcher: str, fake: Callable[..., Any]) ->
     # The CPU runs kernels in Triton's interpreter; `api` lets nothing else come here.
     torch.library.impl(qualified, ("cuda", "cpu"), launch)
     torch.library.register_fake(qualified, fake)
+    return Operator(name, launch)
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    for x in tensors:
+        if x is not None and x.requires_grad:
+            return torch.is_grad_enabled()
+    return False
 
 
 class _FirstDerivative(torch.autograd.Function):

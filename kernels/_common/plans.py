@@ -1,8 +1,9 @@
-"""What a launcher works out from shapes and strides, remembered: eager mode waits for the host."""
+"""What follows from shapes and strides, remembered: eager mode waits for the host."""
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from .pinning import is_pinned
@@ -10,6 +11,7 @@ from .pinning import is_pinned
 Plan = TypeVar("Plan")
 # Layouts that are remembered; a program with more of them starts anew.
 _LIMIT = 4096
+_UNKNOWN: Any = object()
 
 
 class Plans(Generic[Plan]):
@@ -17,7 +19,8 @@ class Plans(Generic[Plan]):
 
     Args:
         make: may use everything of the tensors but their values: shapes, strides, dtypes and
-            devices, and the tables of `configs`. Pinned settings are never remembered.
+            devices, and the tables of `configs`. What it raises is raised, every time. Pinned
+            settings are never remembered, nor is anything while torch.compile traces.
     """
 
     def __init__(self, make: Callable[..., Plan]) -> None:
@@ -25,15 +28,21 @@ class Plans(Generic[Plan]):
         self._known: dict[tuple[object, ...], Plan] = {}
 
     def __call__(self, tensors: tuple[Tensor | None, ...], *options: object) -> Plan:
-        if is_pinned():
+        if torch.compiler.is_compiling() or is_pinned():
             return self._make(tensors, *options)
-        layouts = [
-            None if x is None else (x.shape, x.stride(), x.dtype, x.get_device()) for x in tensors
-        ]
-        key = (*layouts, *options)
-        plan = self._known.get(key)
-        if plan is None:
-            if len(self._known) >= _LIMIT:
-                self._known.clear()
-            plan = self._known[key] = self._make(tensors, *options)
+        try:
+            key = (
+                options,
+                *[x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors],
+            )
+            plan = self._known.get(key, _UNKNOWN)
+        except (AttributeError, RuntimeError, TypeError):
+            # No tensors, tensors without strides, symbolic shapes or a list among the options.
+            key, plan = None, _UNKNOWN
+        if plan is _UNKNOWN:
+            plan = self._make(tensors, *options)
+            if key is not None:
+                if len(self._known) >= _LIMIT:
+                    self._known.clear()
+                self._known[key] = plan
         return plan

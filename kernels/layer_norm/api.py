@@ -6,6 +6,7 @@ from torch import Tensor
 from .._common.checks import IMPLEMENTATIONS, check_choice, check_shape, check_tensor
 from .._common.launch import takes_kernel, why_no_kernel
 from .._common.operators import needs_gradient
+from .._common.plans import Plans
 from .ops import layer_norm_triton
 from .reference import layer_norm_reference
 
@@ -17,14 +18,28 @@ MAX_CHANNELS = 256
 MIN_TOKENS = 32768
 
 
-def why_not_triton(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
-    """The reason why `impl="triton"` cannot run on these tensors, None if it can."""
-    if needs_gradient(x, weight, bias):
-        return "its kernel has no gradient"
+def why_not_triton(x: Tensor) -> str | None:
+    """The reason why `impl="triton"` cannot run on such a tensor, None if it can."""
     reason = why_no_kernel(x)
     if reason is None and not 1 <= x.shape[-1] <= MAX_CHANNELS:
         reason = f"its kernel takes 1 to {MAX_CHANNELS} channels, got {x.shape[-1]}"
     return reason
+
+
+def _checked(tensors: tuple[Tensor, Tensor, Tensor], impl: str) -> str | None:
+    """Raises what the arguments deserve; why the kernel cannot run, None if it can."""
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    x, weight, bias = tensors
+    dimensions = max(x.ndim, 1) if isinstance(x, Tensor) else 1
+    check_tensor("x", x, "(" + "N, " * (dimensions - 1) + "C)")
+    channels = (x.shape[-1],)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        check_tensor(name, parameter, "(C)", like=x, any_dtype=True)
+        check_shape(name, parameter, channels, "(C)")
+    return why_not_triton(x)
+
+
+_CALLS = Plans(_checked)
 
 
 def layer_norm(
@@ -52,14 +67,9 @@ def layer_norm(
         TypeError: dtypes that are not floating point.
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
-    check_choice("impl", impl, IMPLEMENTATIONS)
-    dimensions = max(x.ndim, 1) if isinstance(x, Tensor) else 1
-    check_tensor("x", x, "(" + "N, " * (dimensions - 1) + "C)")
-    channels = (x.shape[-1],)
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        check_tensor(name, parameter, "(C)", like=x, any_dtype=True)
-        check_shape(name, parameter, channels, "(C)")
-    reason = why_not_triton(x, weight, bias)
+    reason = _CALLS((x, weight, bias), impl)
+    if needs_gradient(x, weight, bias):
+        reason = "its kernel has no gradient"
     if impl == "triton" and reason is not None:
         raise NotImplementedError(f"`impl` must not be 'triton' for layer_norm: {reason}")
     kernel = takes_kernel(impl, x, reason)

@@ -1,6 +1,5 @@
 """Layer normalisation as a PyTorch operator, without a gradient; triton comes when it runs."""
 
-import torch
 from torch import Tensor
 
 from .._common.operators import register
@@ -10,7 +9,7 @@ def _fwd_shapes(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-register(
+_FWD = register(
     "layer_norm_fwd",
     "(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor",
     f"{__package__}.triton_fwd:layer_norm_fwd",
@@ -20,4 +19,4 @@ register(
 
 def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """The operation of `api.layer_norm` by the Triton kernel."""
-    return torch.ops.lintra.layer_norm_fwd.default(x, weight, bias, float(eps))
+    return _FWD(x, weight, bias, float(eps))

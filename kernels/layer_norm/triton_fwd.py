@@ -4,7 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._common.kernel_call import KernelCall
 from .._common.launch import ceil_div, device_guard, empty
+from .._common.plans import Plans
 
 # Elements a program holds, of which each of its threads has sixteen.
 _ELEMENTS = 2048
@@ -32,18 +34,25 @@ def _layer_norm_fwd_kernel(
     tl.store(p_o + o_x, out.to(p_o.dtype.element_ty), mask=mask)
 
 
+def _plan(tensors: tuple[Tensor, Tensor, Tensor], eps: float) -> KernelCall:
+    x, _, _ = tensors
+    channels = x.shape[-1]
+    rows = x.numel() // channels
+    block_c = 1 << (channels - 1).bit_length()
+    block = max(1, _ELEMENTS // block_c)
+    constants = {"C": channels, "BLOCK_C": block_c, "BLOCK": block, "num_warps": _WARPS}
+    return KernelCall(_layer_norm_fwd_kernel, (ceil_div(rows, block),), (rows, eps), constants)
+
+
+_PLANS = Plans(_plan)
+
+
 def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """The operation of `api.layer_norm` on tensors that `api` has checked."""
     out = empty(*x.shape, like=x)
     if x.numel() == 0:
         return out
-    channels = x.shape[-1]
-    rows = x.numel() // channels
-    block_c = 1 << (channels - 1).bit_length()
-    block = max(1, _ELEMENTS // block_c)
+    call = _PLANS((x, weight, bias), eps)
     with device_guard(x):
-        _layer_norm_fwd_kernel[(ceil_div(rows, block),)](
-            x.contiguous(), weight.contiguous(), bias.contiguous(), out, rows, eps,
-            C=channels, BLOCK_C=block_c, BLOCK=block, num_warps=_WARPS,
-        )  # fmt: skip
+        call(x.contiguous(), weight.contiguous(), bias.contiguous(), out)
     return out

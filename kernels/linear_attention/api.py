@@ -4,6 +4,7 @@ from torch import Tensor
 
 from .._common.checks import IMPLEMENTATIONS, check_choice, check_shape, check_tensor
 from .._common.launch import takes_kernel, why_no_kernel
+from .._common.plans import Plans
 from .configs import MAX_HEAD_DIM
 from .ops import linear_attention_triton
 from .reference import FEATURE_MAPS, NORMALIZERS, linear_attention_reference
@@ -17,6 +18,32 @@ def why_not_triton(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     if reason is None and not 1 <= value.shape[3] <= MAX_HEAD_DIM:
         reason = f"its kernels take 1 to {MAX_HEAD_DIM} value channels, got {value.shape[3]}"
     return reason
+
+
+def _checked(
+    tensors: tuple[Tensor, Tensor, Tensor], feature_map: str, normalizer: str, impl: str
+) -> bool:
+    """Raises what the arguments deserve; whether the kernels run."""
+    check_choice("feature_map", feature_map, tuple(FEATURE_MAPS))
+    check_choice("normalizer", normalizer, tuple(NORMALIZERS))
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    query, key, value = tensors
+    check_tensor("query", query, "(B, M, H, D)")
+    batch, _, heads, head_dim = query.shape
+    check_tensor("key", key, "(B, N, H, D)", like=query)
+    check_tensor("value", value, "(B, N, H, E)", like=query)
+    num_keys = key.shape[1]
+    check_shape("key", key, (batch, num_keys, heads, head_dim), "(B, N, H, D)")
+    check_shape("value", value, (batch, num_keys, heads, value.shape[3]), "(B, N, H, E)")
+    if normalizer == "covariance" and num_keys == 0:
+        raise ValueError("`key` must hold at least one token for normalizer 'covariance', got 0")
+    reason = why_not_triton(query, key, value)
+    if impl == "triton" and reason is not None:
+        raise NotImplementedError(f"`impl` must not be 'triton' for linear_attention: {reason}")
+    return takes_kernel(impl, query, reason)
+
+
+_CALLS = Plans(_checked)
 
 
 def linear_attention(
@@ -68,25 +95,9 @@ def linear_attention(
         TypeError: dtypes that are not floating point or differ.
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
-    check_choice("feature_map", feature_map, tuple(FEATURE_MAPS))
-    check_choice("normalizer", normalizer, tuple(NORMALIZERS))
-    check_choice("impl", impl, IMPLEMENTATIONS)
-    check_tensor("query", query, "(B, M, H, D)")
-    batch, _, heads, head_dim = query.shape
-    check_tensor("key", key, "(B, N, H, D)", like=query)
-    check_tensor("value", value, "(B, N, H, E)", like=query)
-    num_keys = key.shape[1]
-    check_shape("key", key, (batch, num_keys, heads, head_dim), "(B, N, H, D)")
-    check_shape("value", value, (batch, num_keys, heads, value.shape[3]), "(B, N, H, E)")
-    if normalizer == "covariance" and num_keys == 0:
-        raise ValueError("`key` must hold at least one token for normalizer 'covariance', got 0")
+    kernel = _CALLS((query, key, value), feature_map, normalizer, impl)
     if scale is None:
-        scale = head_dim**-0.5 if normalizer == "covariance" else 1.0
-
-    reason = why_not_triton(query, key, value)
-    if impl == "triton" and reason is not None:
-        raise NotImplementedError(f"`impl` must not be 'triton' for linear_attention: {reason}")
-    kernel = takes_kernel(impl, query, reason)
+        scale = query.shape[3] ** -0.5 if normalizer == "covariance" else 1.0
     attend = linear_attention_triton if kernel else linear_attention_reference
     return attend(
         query, key, value, feature_map=feature_map, normalizer=normalizer, scale=scale, eps=eps

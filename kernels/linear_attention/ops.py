@@ -24,13 +24,13 @@ def _bwd_shapes(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-register(
+_FWD = register(
     "linear_attention_fwd",
     f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> Tensor",
     f"{__package__}.triton_fwd:linear_attention_fwd",
     _fwd_shapes,
 )
-register(
+_BWD = register(
     "linear_attention_bwd",
     f"(Tensor d_out, Tensor query, Tensor key, Tensor value, {_OPTIONS})"
     " -> (Tensor, Tensor, Tensor)",
@@ -44,13 +44,12 @@ class _LinearAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.options = options
-        return torch.ops.lintra.linear_attention_fwd.default(query, key, value, *options)
+        return _FWD(query, key, value, *options)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        bwd = torch.ops.lintra.linear_attention_bwd
-        grads = first_derivative("linear_attention", bwd, d_out, *inputs, *ctx.options)
+        grads = first_derivative("linear_attention", _BWD, d_out, *inputs, *ctx.options)
         return (*grads, None, None, None, None)
 
 
@@ -68,4 +67,4 @@ def linear_attention_triton(
     arguments = (query, key, value, feature_map, normalizer, float(scale), float(eps))
     if needs_gradient(query, key, value):
         return _LinearAttention.apply(*arguments)
-    return torch.ops.lintra.linear_attention_fwd.default(*arguments)
+    return _FWD(*arguments)

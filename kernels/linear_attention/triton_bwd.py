@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._common.kernel_call import KernelCall
 from .._common.launch import (
     common_vector,
     device_guard,
@@ -26,6 +27,7 @@ from .._common.launch import (
     strides_in_vectors,
     unit_last,
 )
+from .._common.plans import Plans
 from . import configs
 from .triton_blocks import (
     centre,
@@ -394,21 +396,39 @@ def _keys_first(kernel: str, query: Tensor, value: Tensor, normalizer: str) -> b
     return normalizer == "ratio" and configs.keys_first(kernel, query, width)
 
 
-def _fused(
-    d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, grads: tuple[Tensor, ...],
-    feature_map: str, normalizer: str, scale: float, eps: float,
-) -> None:  # fmt: skip
+def _plan_fused(
+    tensors: tuple[Tensor, ...], feature_map: str, normalizer: str, scale: float, eps: float
+) -> KernelCall:
+    """The launch that writes all gradients of `tensors`, which are d_out, query, key and value."""
+    _, query, key, value = tensors
     batch, num_queries, heads, head_dim = query.shape
     launch = configs.launch_of("bwd_fused", query, max(head_dim, value.shape[3]))
-    tensors = (d_out, query, key, value, *grads)
-    vector = common_vector(*tensors)
-    _linear_attention_bwd_fused_kernel[(batch * heads,)](
-        *tensors, num_queries, key.shape[1], heads, scale, eps,
-        *strides_in_vectors(vector, *tensors),
-        **_shape_arguments("bwd_fused", query, value, feature_map, normalizer),
-        KEYS_FIRST=_keys_first("bwd_fused", query, value, normalizer),
-        VECTOR=vector, BLOCK=launch.block, num_warps=launch.warps, num_stages=launch.stages,
+    grads = [x.new_empty(x.shape, device="meta") for x in (query, key, value)]
+    vector = common_vector(*tensors, *grads)
+    numbers = (
+        num_queries, key.shape[1], heads, scale, eps,
+        *strides_in_vectors(vector, *tensors, *grads),
     )  # fmt: skip
+    constants = {
+        **_shape_arguments("bwd_fused", query, value, feature_map, normalizer),
+        "KEYS_FIRST": _keys_first("bwd_fused", query, value, normalizer),
+        "VECTOR": vector, "BLOCK": launch.block,
+        "num_warps": launch.warps, "num_stages": launch.stages,
+    }  # fmt: skip
+    return KernelCall(_linear_attention_bwd_fused_kernel, (batch * heads,), numbers, constants)
+
+
+def _plan(
+    tensors: tuple[Tensor, ...], feature_map: str, normalizer: str, scale: float, eps: float
+) -> tuple[str, KernelCall | None]:
+    """The way that runs, and the launch that is all of the fused one."""
+    way = configs.way_of("bwd", *tensors[1:])
+    if way != "fused":
+        return way, None
+    return way, _plan_fused(tensors, feature_map, normalizer, scale, eps)
+
+
+_PLANS = Plans(_plan)
 
 
 def _query_side(
@@ -469,9 +489,9 @@ def linear_attention_bwd(
     d_out, query, key, value = (unit_last(x) for x in (d_out, query, key, value))
     options = (feature_map, normalizer, scale, eps)
     with device_guard(query):
-        way = configs.way_of("bwd", query, key, value)
-        if way == "fused":
-            _fused(d_out, query, key, value, (dq, dk, dv), *options)
+        way, fused = _PLANS((d_out, query, key, value), *options)
+        if fused is not None:
+            fused(d_out, query, key, value, dq, dk, dv)
             return dq, dk, dv
         query_side = query_side_wide if way == "wide" else _query_side
         key_side = key_side_wide if way == "wide" else _key_side

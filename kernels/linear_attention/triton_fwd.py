@@ -4,11 +4,14 @@ Two ways, which `configs.py` chooses between: one launch in which a program owns
 head, or a sweep over the keys, then one over the queries, both split.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._common.kernel_call import KernelCall
 from .._common.launch import (
     ceil_div,
     common_vector,
@@ -205,18 +208,19 @@ def _linear_attention_fwd_apply_wide_kernel(
 
 
 def _plan_fused(
-    tensors: tuple[Tensor, ...], feature_map: str, normalizer: str, scale: float, eps: float
-) -> tuple[tuple[int], tuple[object, ...], dict[str, object]]:
-    """Grid, and what follows the tensors in a call of the fused kernel."""
-    query, key, value, _ = tensors
+    tensors: tuple[Tensor, Tensor, Tensor],
+    feature_map: str, normalizer: str, scale: float, eps: float,
+) -> KernelCall:  # fmt: skip
+    query, key, value = tensors
     batch, num_queries, heads, head_dim = query.shape
     value_dim = value.shape[3]
     launch = configs.launch_of("fwd_fused", query, max(head_dim, value_dim))
     d0, d1 = configs.parts_of(head_dim, "d", "fwd_fused", query.dtype)
     e0, e1 = configs.parts_of(value_dim, "e", "fwd_fused", query.dtype)
-    vector = common_vector(*tensors)
+    out = query.new_empty((batch, num_queries, heads, value_dim), device="meta")
+    vector = common_vector(*tensors, out)
     numbers = (
-        num_queries, key.shape[1], heads, scale, eps, *strides_in_vectors(vector, *tensors),
+        num_queries, key.shape[1], heads, scale, eps, *strides_in_vectors(vector, *tensors, out),
     )  # fmt: skip
     constants = {
         "D": head_dim, "D0": d0, "D1": d1, "E": value_dim, "E0": e0, "E1": e1,
@@ -224,20 +228,36 @@ def _plan_fused(
         "WIDE": query.dtype == torch.float16, "VECTOR": vector, "BLOCK": launch.block,
         "num_warps": launch.warps, "num_stages": launch.stages,
     }  # fmt: skip
-    return (batch * heads,), numbers, constants
+    return KernelCall(_linear_attention_fwd_fused_kernel, (batch * heads,), numbers, constants)
 
 
-_FUSED_PLANS = Plans(_plan_fused)
-_WAYS = Plans(lambda tensors: configs.way_of("fwd", *tensors))
+class _Plan(NamedTuple):
+    """The way that runs, and the launch that is all of the fused one."""
+
+    out_shape: tuple[int, ...]
+    copied: bool
+    way: str
+    fused: KernelCall | None = None
 
 
-def _fused(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor,
+def _plan(
+    tensors: tuple[Tensor, Tensor, Tensor],
     feature_map: str, normalizer: str, scale: float, eps: float,
-) -> None:  # fmt: skip
-    tensors = (query, key, value, out)
-    grid, numbers, constants = _FUSED_PLANS(tensors, feature_map, normalizer, scale, eps)
-    _linear_attention_fwd_fused_kernel[grid](*tensors, *numbers, **constants)
+) -> _Plan:  # fmt: skip
+    query, key, value = tensors
+    out_shape = (*query.shape[:3], value.shape[3])
+    if 0 in (*query.shape, *value.shape):
+        return _Plan(out_shape, False, "empty")
+    tensors = tuple(unit_last(x) for x in tensors)
+    copied = any(x is not y for x, y in zip(tensors, (query, key, value), strict=True))
+    way = configs.way_of("fwd", *tensors)
+    fused = None
+    if way == "fused":
+        fused = _plan_fused(tensors, feature_map, normalizer, scale, eps)
+    return _Plan(out_shape, copied, way, fused)
+
+
+_PLANS = Plans(_plan)
 
 
 def _apply(
@@ -277,18 +297,17 @@ def linear_attention_fwd(
     feature_map: str, normalizer: str, scale: float, eps: float,
 ) -> Tensor:  # fmt: skip
     """The operation of `api.linear_attention` on tensors that `api` has checked."""
-    batch, num_queries, heads, _ = query.shape
-    value_dim = value.shape[3]
-    out = empty(batch, num_queries, heads, value_dim, like=query)
-    if 0 in (*query.shape, *value.shape):
-        return out.zero_()
-    query, key, value = (unit_last(x) for x in (query, key, value))
     options = (feature_map, normalizer, scale, eps)
+    plan = _PLANS((query, key, value), *options)
+    out = empty(*plan.out_shape, like=query)
+    if plan.way == "empty":
+        return out.zero_()
+    if plan.copied:
+        query, key, value = (unit_last(x) for x in (query, key, value))
     with device_guard(query):
-        way = _WAYS((query, key, value))
-        if way == "fused":
-            _fused(query, key, value, out, *options)
+        if plan.fused is not None:
+            plan.fused(query, key, value, out)
         else:
             state = forward_state(key, value, feature_map, normalizer, scale, shifted=False)
-            _apply(query, out, state, way == "wide", *options)
+            _apply(query, out, state, plan.way == "wide", *options)
     return out

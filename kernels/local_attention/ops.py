@@ -36,8 +36,12 @@ def _empty_grads(*arguments: Any) -> tuple[Tensor, ...]:
 torch.library.register_fake(_FWD, _empty_results)
 torch.library.register_fake(_BWD, _empty_grads)
 _LAUNCHER = f"{__package__}.triton"
-register("local_attention_fwd", _FWD_SCHEMA, f"{_LAUNCHER}_fwd:local_attention_fwd", _empty_results)
-register("local_attention_bwd", _BWD_SCHEMA, f"{_LAUNCHER}_bwd:local_attention_bwd", _empty_grads)
+_KERNEL_FWD = register(
+    "local_attention_fwd", _FWD_SCHEMA, f"{_LAUNCHER}_fwd:local_attention_fwd", _empty_results
+)
+_KERNEL_BWD = register(
+    "local_attention_bwd", _BWD_SCHEMA, f"{_LAUNCHER}_bwd:local_attention_bwd", _empty_grads
+)
 
 
 @torch.library.impl(_FWD, "CompositeExplicitAutograd")
@@ -84,8 +88,7 @@ class _LocalAttention(torch.autograd.Function):
         kernel: bool,
     ) -> tuple[Tensor, Tensor]:
         tensors = (query, key, value, extra_key, extra_value)
-        ops = torch.ops.lintra
-        fwd = ops.local_attention_fwd if kernel else ops.local_attention_reference_fwd
+        fwd = _KERNEL_FWD if kernel else torch.ops.lintra.local_attention_reference_fwd
         return fwd(*tensors, height, width, num_prefix, radius, scale)
 
     @staticmethod
@@ -95,8 +98,7 @@ class _LocalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple:
-        ops = torch.ops.lintra
-        bwd = ops.local_attention_bwd if ctx.kernel else ops.local_attention_reference_bwd
+        bwd = _KERNEL_BWD if ctx.kernel else torch.ops.lintra.local_attention_reference_bwd
         arguments = (*ctx.saved_tensors, grad_out, grad_lse, *ctx.numbers)
         grads = first_derivative("local_attention", bwd, *arguments)
         return *grads, *(None for _ in ctx.numbers), None
@@ -122,5 +124,5 @@ def local_attention_op(
     tensors = (query, key, value, extra_key, extra_value)
     numbers = (*grid, num_prefix, float(radius), float(scale))
     if kernel and not needs_gradient(*tensors):
-        return torch.ops.lintra.local_attention_fwd(*tensors, *numbers)
+        return _KERNEL_FWD(*tensors, *numbers)
     return _LocalAttention.apply(*tensors, *numbers, kernel)

@@ -1,9 +1,12 @@
 """Signature, checks and choice of implementation of the depthwise token convolution."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .._common.checks import IMPLEMENTATIONS, check_choice, check_grid, check_shape, check_tensor
 from .._common.launch import takes_kernel, why_no_kernel
+from .._common.plans import Plans
 from .configs import MAX_SIZE
 from .ops import token_conv2d_triton
 from .reference import token_conv2d_reference
@@ -15,6 +18,47 @@ def why_not_triton(tokens: Tensor, weight: Tensor) -> str | None:
     if reason is None and weight.shape[-1] > MAX_SIZE:
         reason = f"its kernels take sizes up to {MAX_SIZE}, got {weight.shape[-1]}"
     return reason
+
+
+def _checked(
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    grid: Sequence[int],
+    num_prefix_tokens: int,
+    impl: str,
+) -> tuple[bool, tuple[int, int]]:
+    """Raises what the arguments deserve; whether the kernels run, and the grid."""
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    tokens, weight, bias, residual = tensors
+    check_tensor("tokens", tokens, "(B, N, C)")
+    batch, num_tokens, channels = tokens.shape
+    if num_prefix_tokens < 0:
+        raise ValueError(f"`num_prefix_tokens` must be 0 or more, got {num_prefix_tokens}")
+    height, width = check_grid(grid, num_tokens - num_prefix_tokens)
+    per_sample = isinstance(weight, Tensor) and weight.ndim == 4
+    layout = "(B, F, k, k)" if per_sample else "(F, k, k)"
+    check_tensor("weight", weight, layout, like=tokens, any_dtype=True)
+    filters, size = weight.shape[-3], weight.shape[-1]
+    kernel_shape = (filters, size, size)
+    check_shape("weight", weight, (batch, *kernel_shape) if per_sample else kernel_shape, layout)
+    if size % 2 == 0:
+        raise ValueError(f"`weight` must have an odd kernel size, got {size}")
+    if filters == 0 or channels % filters:
+        raise ValueError(
+            f"`weight` must have filters that divide the {channels} channels, got {filters}"
+        )
+    if bias is not None:
+        check_tensor("bias", bias, "(F)", like=tokens, any_dtype=True)
+        check_shape("bias", bias, (filters,), "(F)")
+    if residual is not None:
+        check_tensor("residual", residual, "(B, N, C)", like=tokens)
+        check_shape("residual", residual, tokens.shape, "(B, N, C)")
+    reason = why_not_triton(tokens, weight)
+    if impl == "triton" and reason is not None:
+        raise NotImplementedError(f"`impl` must not be 'triton' for token_conv2d: {reason}")
+    return takes_kernel(impl, tokens, reason), (height, width)
+
+
+_CALLS = Plans(_checked)
 
 
 def token_conv2d(
@@ -61,37 +105,8 @@ def token_conv2d(
         TypeError: dtypes that are not floating point or differ.
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
-    check_choice("impl", impl, IMPLEMENTATIONS)
-    check_tensor("tokens", tokens, "(B, N, C)")
-    batch, num_tokens, channels = tokens.shape
-    if num_prefix_tokens < 0:
-        raise ValueError(f"`num_prefix_tokens` must be 0 or more, got {num_prefix_tokens}")
-    height, width = check_grid(grid, num_tokens - num_prefix_tokens)
-    per_sample = isinstance(weight, Tensor) and weight.ndim == 4
-    layout = "(B, F, k, k)" if per_sample else "(F, k, k)"
-    check_tensor("weight", weight, layout, like=tokens, any_dtype=True)
-    filters, size = weight.shape[-3], weight.shape[-1]
-    kernel_shape = (filters, size, size)
-    check_shape("weight", weight, (batch, *kernel_shape) if per_sample else kernel_shape, layout)
-    if size % 2 == 0:
-        raise ValueError(f"`weight` must have an odd kernel size, got {size}")
-    if filters == 0 or channels % filters:
-        raise ValueError(
-            f"`weight` must have filters that divide the {channels} channels, got {filters}"
-        )
-    if bias is not None:
-        check_tensor("bias", bias, "(F)", like=tokens, any_dtype=True)
-        check_shape("bias", bias, (filters,), "(F)")
-    if residual is not None:
-        check_tensor("residual", residual, "(B, N, C)", like=tokens)
-        check_shape("residual", residual, tokens.shape, "(B, N, C)")
-
-    reason = why_not_triton(tokens, weight)
-    if impl == "triton" and reason is not None:
-        raise NotImplementedError(f"`impl` must not be 'triton' for token_conv2d: {reason}")
-    kernel = takes_kernel(impl, tokens, reason)
+    kernel, grid = _CALLS((tokens, weight, bias, residual), grid, num_prefix_tokens, impl)
     convolve = token_conv2d_triton if kernel else token_conv2d_reference
     return convolve(
-        tokens, weight, bias, grid=(height, width), residual=residual,
-        num_prefix_tokens=num_prefix_tokens,
-    )  # fmt: skip
+        tokens, weight, bias, grid=grid, residual=residual, num_prefix_tokens=num_prefix_tokens
+    )

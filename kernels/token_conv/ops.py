@@ -33,19 +33,19 @@ def _bwd_weight_shapes(
 
 
 _GRID = "int prefix, SymInt height, SymInt width"
-register(
+_FWD = register(
     "token_conv2d_fwd",
     f"(Tensor tokens, Tensor weight, Tensor? bias, Tensor? residual, {_GRID}) -> Tensor",
     f"{__package__}.triton_fwd:token_conv2d_fwd",
     _fwd_shapes,
 )
-register(
+_BWD_TOKENS = register(
     "token_conv2d_bwd_tokens",
     f"(Tensor d_out, Tensor weight, {_GRID}) -> Tensor",
     f"{__package__}.triton_fwd:token_conv2d_bwd_tokens",
     _bwd_tokens_shapes,
 )
-register(
+_BWD_WEIGHT = register(
     "token_conv2d_bwd_weight",
     f"(Tensor d_out, Tensor tokens, int filters, int size, bool per_sample, {_GRID})"
     " -> (Tensor, Tensor)",
@@ -63,7 +63,7 @@ class _TokenConv2d(torch.autograd.Function):
         ctx.save_for_backward(tokens, weight)
         ctx.grid = grid
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return torch.ops.lintra.token_conv2d_fwd.default(tokens, weight, bias, residual, *grid)
+        return _FWD(tokens, weight, bias, residual, *grid)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -71,12 +71,10 @@ class _TokenConv2d(torch.autograd.Function):
         needs_tokens, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         d_tokens = d_weight = d_bias = None
         if needs_tokens:
-            bwd = torch.ops.lintra.token_conv2d_bwd_tokens
-            d_tokens = first_derivative("token_conv2d", bwd, d_out, weight, *ctx.grid)
+            d_tokens = first_derivative("token_conv2d", _BWD_TOKENS, d_out, weight, *ctx.grid)
         if needs_weight or needs_bias:
-            bwd = torch.ops.lintra.token_conv2d_bwd_weight
             sizes = (*weight.shape[-3:-1], weight.ndim == 4, *ctx.grid)
-            d_weight, d_bias = first_derivative("token_conv2d", bwd, d_out, tokens, *sizes)
+            d_weight, d_bias = first_derivative("token_conv2d", _BWD_WEIGHT, d_out, tokens, *sizes)
             d_weight = d_weight.to(weight.dtype) if needs_weight else None
             d_bias = d_bias.to(ctx.bias_dtype) if needs_bias else None
         return d_tokens, d_weight, d_bias, d_out if needs_residual else None, None, None, None
@@ -95,4 +93,4 @@ def token_conv2d_triton(
     arguments = (tokens, weight, bias, residual, num_prefix_tokens, *grid)
     if needs_gradient(tokens, weight, bias, residual):
         return _TokenConv2d.apply(*arguments)
-    return torch.ops.lintra.token_conv2d_fwd.default(*arguments)
+    return _FWD(*arguments)

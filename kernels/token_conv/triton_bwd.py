@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._common.kernel_call import KernelCall
 from .._common.launch import ceil_div, device_guard, empty, unit_last
+from .._common.plans import Plans
 from . import configs
 from .triton_blocks import lanes_of, load_row, widened
 from .triton_fwd import token_stride
@@ -112,27 +114,36 @@ def _token_conv2d_bwd_reduce_kernel(
         tl.store(p_bias + o_f, total, mask=m_f)
 
 
+def _plan_reduce(tensors: tuple[Tensor], filters: int) -> KernelCall:
+    rows, taps, channels = tensors[0].shape
+    block = configs.REDUCE_FILTERS
+    constants = {
+        "TAPS": taps - 1, "BLOCK": configs.REDUCE_ROWS, "BLOCK_F": block, "num_warps": 8,
+    }  # fmt: skip
+    grid = (ceil_div(filters, block), taps)
+    return KernelCall(_token_conv2d_bwd_reduce_kernel, grid, (rows, channels, filters), constants)
+
+
+_REDUCE_PLANS = Plans(_plan_reduce)
+
+
 def _reduce(part: Tensor, filters: int, size: int) -> tuple[Tensor, Tensor]:
     """Gradients of one kernel for all samples, from part (rows, k * k + 1, C)."""
-    rows, taps, channels = part.shape
     weight = empty(filters, size, size, like=part)
     bias = empty(filters, like=part)
-    block = configs.REDUCE_FILTERS
+    call = _REDUCE_PLANS((part,), filters)
     with device_guard(part):
-        _token_conv2d_bwd_reduce_kernel[(ceil_div(filters, block), taps)](
-            part, weight, bias, rows, channels, filters,
-            TAPS=taps - 1, BLOCK=configs.REDUCE_ROWS, BLOCK_F=block, num_warps=8,
-        )  # fmt: skip
+        call(part, weight, bias)
     return weight, bias
 
 
-def token_conv2d_bwd_weight(
-    d_out: Tensor, tokens: Tensor, filters: int, size: int, per_sample: bool,
+def _plan(
+    tensors: tuple[Tensor, Tensor], size: int, per_sample: bool,
     prefix: int, height: int, width: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of weight, (F, k, k) or (B, F, k, k), and bias (F), both in float32."""
+) -> tuple[tuple[int, ...], KernelCall]:  # fmt: skip
+    """The shape of the partial sums, and the launch that writes them."""
+    d_out, tokens = (unit_last(x) for x in tensors)
     batch, _, channels = tokens.shape
-    taps = size * size + 1
     launch = configs.launch_of("conv_bwd_weight", tokens, size)
     columns = configs.columns_of(launch, width)
     tiles = ceil_div(width, columns)
@@ -143,20 +154,36 @@ def token_conv2d_bwd_weight(
     blocks = ceil_div(groups * channels, launch.lanes)
     rows = configs.rows_of(slots, blocks * tiles, height, size)
     parts = tiles * ceil_div(height, rows)
-    part = empty(parts, groups, taps, channels, like=tokens, dtype=torch.float32)
-    if 0 not in tokens.shape:
-        d_out, tokens = unit_last(d_out), unit_last(tokens)
-        g_sb, g_sn, x_sb, x_sn = (
-            d_out.stride(0), token_stride(d_out), tokens.stride(0), token_stride(tokens),
-        )  # fmt: skip
-        vector = math.gcd(launch.vector, channels, g_sb, g_sn, x_sb, x_sn)
+    g_sb, g_sn, x_sb, x_sn = (
+        d_out.stride(0), token_stride(d_out), tokens.stride(0), token_stride(tokens),
+    )  # fmt: skip
+    vector = math.gcd(launch.vector, channels, g_sb, g_sn, x_sb, x_sn)
+    numbers = (
+        batch, groups, height, width, channels, prefix, blocks, tiles, rows,
+        g_sb // vector, x_sb // vector,
+    )  # fmt: skip
+    constants = {
+        "G_SN": g_sn, "X_SN": x_sn,
+        "SIZE": size, "COLUMNS": columns, "LANES": launch.lanes, "VECTOR": vector,
+        "num_warps": launch.warps, **launch.options,
+    }  # fmt: skip
+    call = KernelCall(_token_conv2d_bwd_weight_kernel, (blocks * parts,), numbers, constants)
+    return (parts, groups, size * size + 1, channels), call
+
+
+_PLANS = Plans(_plan)
+
+
+def token_conv2d_bwd_weight(
+    d_out: Tensor, tokens: Tensor, filters: int, size: int, per_sample: bool,
+    prefix: int, height: int, width: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of weight, (F, k, k) or (B, F, k, k), and bias (F), both in float32."""
+    shape, call = _PLANS((d_out, tokens), size, per_sample, prefix, height, width)
+    part = empty(*shape, like=tokens, dtype=torch.float32)
+    if tokens.numel() > 0:
         with device_guard(tokens):
-            _token_conv2d_bwd_weight_kernel[(blocks * parts,)](
-                d_out, tokens, part, batch, groups, height, width, channels, prefix,
-                blocks, tiles, rows, g_sb // vector, x_sb // vector, G_SN=g_sn, X_SN=x_sn,
-                SIZE=size, COLUMNS=columns, LANES=launch.lanes, VECTOR=vector,
-                num_warps=launch.warps, **launch.options,
-            )  # fmt: skip
+            call(unit_last(d_out), unit_last(tokens), part)
     if not per_sample:
         return _reduce(part.flatten(0, 1), filters, size)
     # Fixed order: PyTorch's sums over whole dimensions use no atomics.

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._common.kernel_call import KernelCall
 from .._common.launch import ceil_div, device_guard, empty, unit_last
 from .._common.plans import Plans
 from . import configs
@@ -115,29 +116,31 @@ def token_stride(tokens: Tensor) -> int:
     return tokens.stride(1) if tokens.shape[1] > 1 else tokens.shape[2]
 
 
-def _taps(weight: Tensor, size: int) -> Tensor:
+def _taps(weight: Tensor) -> Tensor:
     """The weights as the kernel reads them: see `_tap_strides`."""
-    if weight.ndim == 4 or size < 5:
+    if weight.ndim == 4 or weight.shape[2] < 5:
         return weight.contiguous()
     # Neighbouring channels side by side: else each of the many loads touches many cache lines.
-    return weight.flatten(1).t().contiguous()
+    return weight.permute(1, 2, 0).contiguous()
 
 
-def _tap_strides(taps: Tensor, per_sample: bool, size: int) -> tuple[int, int, int]:
+def _tap_strides(weight: Tensor) -> tuple[int, int, int]:
     """Strides of `_taps` between samples, filters and taps."""
-    if per_sample:
-        return taps.stride(0), size * size, 1
-    return (0, size * size, 1) if size < 5 else (0, 1, taps.stride(0))
+    filters, size = weight.shape[-3], weight.shape[-1]
+    if weight.ndim == 4:
+        return filters * size * size, size * size, 1
+    return (0, size * size, 1) if size < 5 else (0, 1, filters)
 
 
 def _plan(
-    tensors: tuple[Tensor, Tensor, Tensor | None],
-    per_sample: bool, filters: int, size: int, prefix: int, height: int, width: int,
-    has_bias: bool, flipped: bool,
-) -> tuple[tuple[int], tuple[int, ...], dict[str, object]]:  # fmt: skip
-    """Grid, and what follows the tensors in a call of the kernel."""
-    tokens, taps, residual = tensors
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    prefix: int, height: int, width: int, flipped: bool,
+) -> KernelCall:  # fmt: skip
+    tokens, weight, bias, residual = tensors
+    tokens = unit_last(tokens)
+    residual = None if residual is None else unit_last(residual)
     batch, _, channels = tokens.shape
+    filters, size = weight.shape[-3], weight.shape[-1]
     launch = configs.launch_of("conv_fwd", tokens, size)
     columns = configs.columns_of(launch, width)
     tiles = ceil_div(width, columns)
@@ -146,13 +149,13 @@ def _plan(
     x_sb, x_sn = tokens.stride(0), token_stride(tokens)
     r_sb, r_sn = (0, 0) if residual is None else (residual.stride(0), token_stride(residual))
     vector = math.gcd(launch.vector, channels, filters, x_sb, x_sn, r_sb, r_sn)
-    w_sb, w_sf, w_st = _tap_strides(taps, per_sample, size)
+    w_sb, w_sf, w_st = _tap_strides(weight)
     w_first = 0
     if flipped:  # from the last tap backwards
         w_first, w_st = (size * size - 1) * w_st, -w_st
     numbers = (
         batch, height, width, channels, filters, prefix, blocks, tiles, rows,
-        int(has_bias), w_first, x_sb // vector, w_sb, w_sf, w_st, r_sb // vector,
+        int(bias is not None), w_first, x_sb // vector, w_sb, w_sf, w_st, r_sb // vector,
     )  # fmt: skip
     constants = {
         "X_SN": x_sn, "R_SN": r_sn, "O_SN": channels,
@@ -160,7 +163,8 @@ def _plan(
         "COLUMNS": columns, "LANES": launch.lanes, "VECTOR": vector,
         "num_warps": launch.warps, **launch.options,
     }  # fmt: skip
-    return (blocks * tiles * ceil_div(height, rows),), numbers, constants
+    grid = (blocks * tiles * ceil_div(height, rows),)
+    return KernelCall(_token_conv2d_fwd_kernel, grid, numbers, constants)
 
 
 _PLANS = Plans(_plan)
@@ -172,20 +176,15 @@ def convolve(
 ) -> Tensor:  # fmt: skip
     """`api.token_conv2d` on checked tensors; with `flipped` weights, its transpose."""
     out = empty(*tokens.shape, like=tokens)
-    if 0 in tokens.shape:
+    if tokens.numel() == 0:
         return out
+    call = _PLANS((tokens, weight, bias, residual), prefix, height, width, flipped)
     tokens = unit_last(tokens)
-    residual = None if residual is None else unit_last(residual)
-    filters, size = weight.shape[-3], weight.shape[-1]
-    taps = _taps(weight, size)
-    grid, numbers, constants = _PLANS(
-        (tokens, taps, residual), weight.ndim == 4, filters, size, prefix, height, width,
-        bias is not None, flipped,
-    )  # fmt: skip
+    taps = _taps(weight)
     with device_guard(tokens):
-        _token_conv2d_fwd_kernel[grid](
+        call(
             tokens, taps, taps if bias is None else bias.contiguous(),
-            tokens if residual is None else residual, out, *numbers, **constants,
+            tokens if residual is None else unit_last(residual), out,
         )  # fmt: skip
     return out
 
