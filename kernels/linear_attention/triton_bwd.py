@@ -20,13 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._common.kernel_call import KernelCall
-from .._common.launch import (
-    common_vector,
-    device_guard,
-    empty,
-    strides_in_vectors,
-    unit_last,
-)
+from .._common.launch import common_vector, device_guard, empty, strides_in_vectors, unit_last
 from .._common.plans import Plans
 from . import configs
 from .triton_blocks import (

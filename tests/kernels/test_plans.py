@@ -38,6 +38,7 @@ def test_a_layout_is_planned_once(plans: Plans, made: list) -> None:
         (torch.rand(4, 3), "relu"),
         (torch.rand(2, 3).half(), "relu"),
         (torch.rand(2, 3), "elu1"),
+        (torch.rand(2, 3, device="meta"), "relu"),
         (None, "relu"),
     ],
 )
@@ -64,3 +65,40 @@ def test_many_layouts_do_not_pile_up(
     assert len(plans._known) == 1
     plans((torch.rand(3),))
     assert len(made) == 3
+
+
+def test_errors_are_raised_every_time() -> None:
+    def make(tensors: tuple[Tensor, ...]) -> None:
+        made.append(tensors)
+        raise ValueError("`x` must be another, got this")
+
+    made: list[object] = []
+    plans = Plans(make)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="`x` must be another"):
+            plans((torch.rand(2),))
+    assert len(made) == 2
+
+
+def test_none_is_a_plan() -> None:
+    made: list[object] = []
+    plans = Plans(made.append)
+    for _ in range(2):
+        assert plans((torch.rand(2),)) is None
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("arguments", [((1.0,),), ((torch.rand(2),), [7, 7])])
+def test_what_has_no_layout_is_made_each_time(arguments: tuple) -> None:
+    made: list[object] = []
+    plans = Plans(lambda *parts: made.append(parts))
+    for _ in range(2):
+        plans(*arguments)
+    assert len(made) == 2
+
+
+def test_compilers_see_no_memory() -> None:
+    plans = Plans(lambda tensors: tensors[0].shape[0])
+    double = torch.compile(lambda x: x * plans((x,)), backend="eager", fullgraph=True)
+    assert double(torch.ones(2)).tolist() == [2, 2]
+    assert not plans._known
