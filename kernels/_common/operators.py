@@ -10,6 +10,11 @@ from torch.overrides import has_torch_function
 
 _PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_NUMBERS = frozenset({int, float, bool, str, type(None)})
+# What `_is_dispatched` asks; without an answer every call is dispatched.
+_QUESTIONS = ("_len_torch_dispatch_stack", "_are_functorch_transforms_active", "_get_tracing_state")
+_ANSWERED = hasattr(torch.autograd, "_profiler_enabled") and all(
+    hasattr(torch._C, name) for name in _QUESTIONS
+)
 
 
 class Operator:
@@ -24,8 +29,8 @@ class Operator:
         self._launch = launch
 
     def __call__(self, *arguments: Any) -> Any:
-        # The first is a constant to torch.compile, which then traces the operator.
-        if torch.compiler.is_compiling() or _is_dispatched(arguments):
+        # A constant to torch.compile, which so traces the operator.
+        if torch.compiler.is_compiling() or not _ANSWERED or _is_dispatched(arguments):
             return self._registered(*arguments)
         return self._launch(*arguments)
 

@@ -373,15 +373,17 @@ def _linear_attention_bwd_fused_kernel(
     )  # fmt: skip
 
 
-def _shape_arguments(
-    kernel: str, query: Tensor, value: Tensor, feature_map: str, normalizer: str
-) -> dict:
+def _constants(
+    kernel: str, launch: configs.Launch, vector: int, query: Tensor, value: Tensor,
+    feature_map: str, normalizer: str,
+) -> dict[str, object]:  # fmt: skip
     d0, d1 = configs.parts_of(query.shape[3], "d", kernel, query.dtype)
     e0, e1 = configs.parts_of(value.shape[3], "e", kernel, query.dtype)
     return {
         "D": query.shape[3], "D0": d0, "D1": d1, "E": value.shape[3], "E0": e0, "E1": e1,
         "FEATURE": configs.kernel_feature(feature_map, query), "NORMALIZER": normalizer,
-        "WIDE": query.dtype == torch.float16,
+        "WIDE": query.dtype == torch.float16, "VECTOR": vector, "BLOCK": launch.block,
+        "num_warps": launch.warps, "num_stages": launch.stages,
     }  # fmt: skip
 
 
@@ -390,39 +392,49 @@ def _keys_first(kernel: str, query: Tensor, value: Tensor, normalizer: str) -> b
     return normalizer == "ratio" and configs.keys_first(kernel, query, width)
 
 
-def _plan_fused(
-    tensors: tuple[Tensor, ...], feature_map: str, normalizer: str, scale: float, eps: float
-) -> KernelCall:
-    """The launch that writes all gradients of `tensors`, which are d_out, query, key and value."""
-    _, query, key, value = tensors
-    batch, num_queries, heads, head_dim = query.shape
-    launch = configs.launch_of("bwd_fused", query, max(head_dim, value.shape[3]))
-    grads = [x.new_empty(x.shape, device="meta") for x in (query, key, value)]
-    vector = common_vector(*tensors, *grads)
-    numbers = (
-        num_queries, key.shape[1], heads, scale, eps,
-        *strides_in_vectors(vector, *tensors, *grads),
-    )  # fmt: skip
-    constants = {
-        **_shape_arguments("bwd_fused", query, value, feature_map, normalizer),
-        "KEYS_FIRST": _keys_first("bwd_fused", query, value, normalizer),
-        "VECTOR": vector, "BLOCK": launch.block,
-        "num_warps": launch.warps, "num_stages": launch.stages,
-    }  # fmt: skip
-    return KernelCall(_linear_attention_bwd_fused_kernel, (batch * heads,), numbers, constants)
-
-
 def _plan(
     tensors: tuple[Tensor, ...], feature_map: str, normalizer: str, scale: float, eps: float
 ) -> tuple[str, KernelCall | None]:
     """The way that runs, and the launch that is all of the fused one."""
-    way = configs.way_of("bwd", *tensors[1:])
+    _, query, key, value = tensors
+    way = configs.way_of("bwd", query, key, value)
     if way != "fused":
         return way, None
-    return way, _plan_fused(tensors, feature_map, normalizer, scale, eps)
+    launch = configs.launch_of("bwd_fused", query, max(query.shape[3], value.shape[3]))
+    grads = [x.new_empty(x.shape, device="meta") for x in (query, key, value)]
+    vector = common_vector(*tensors, *grads)
+    strides = strides_in_vectors(vector, *tensors, *grads)
+    batch, num_queries, heads, _ = query.shape
+    numbers = (num_queries, key.shape[1], heads, scale, eps, *strides)
+    constants = _constants("bwd_fused", launch, vector, query, value, feature_map, normalizer)
+    constants["KEYS_FIRST"] = _keys_first("bwd_fused", query, value, normalizer)
+    return way, KernelCall(_linear_attention_bwd_fused_kernel, (batch * heads,), numbers, constants)
 
 
 _PLANS = Plans(_plan)
+
+
+def _plan_queries(
+    tensors: tuple[Tensor, ...], feature_map: str, normalizer: str, scale: float, eps: float
+) -> tuple[int, KernelCall]:
+    """For d_out, query and dq: the number of ranges of queries, and the launch that sums each."""
+    d_out, query, _ = tensors
+    batch, num_queries, heads, head_dim = query.shape
+    keys_first = _keys_first("bwd_queries", query, d_out, normalizer)
+    kernel = "bwd_queries_keys_first" if keys_first else "bwd_queries"
+    launch = configs.launch_of(kernel, query, max(head_dim, d_out.shape[3]))
+    ranges, share = configs.splits_of(num_queries, batch * heads, query, launch)
+    vector = common_vector(*tensors)
+    factor = scale if normalizer == "none" else 1.0
+    strides = strides_in_vectors(vector, *tensors)
+    numbers = (num_queries, share, batch * heads, heads, scale, factor, eps, *strides)
+    constants = _constants(kernel, launch, vector, query, d_out, feature_map, normalizer)
+    constants["KEYS_FIRST"] = keys_first
+    grid = (batch * heads * ranges,)
+    return ranges, KernelCall(_linear_attention_bwd_queries_kernel, grid, numbers, constants)
+
+
+_QUERY_PLANS = Plans(_plan_queries)
 
 
 def _query_side(
@@ -430,23 +442,10 @@ def _query_side(
     feature_map: str, normalizer: str, scale: float, eps: float,
 ) -> State:  # fmt: skip
     """Writes dq, returns dS with its rows: dz for ratio, sum_i do_i / N for covariance."""
-    batch, num_queries, heads, head_dim = query.shape
-    value_dim = d_out.shape[3]
-    rows = batch * heads
-    keys_first = _keys_first("bwd_queries", query, d_out, normalizer)
-    kernel = "bwd_queries_keys_first" if keys_first else "bwd_queries"
-    launch = configs.launch_of(kernel, query, max(head_dim, value_dim))
-    ranges, share = configs.splits_of(num_queries, rows, query, launch)
-    parts = empty_parts(ranges, rows, head_dim, value_dim, query)
-    vector = common_vector(d_out, query, dq)
-    _linear_attention_bwd_queries_kernel[(rows * ranges,)](
-        d_out, query, dq, *state, *parts[:3],
-        num_queries, share, rows, heads, scale, scale if normalizer == "none" else 1.0, eps,
-        *strides_in_vectors(vector, d_out, query, dq),
-        **_shape_arguments(kernel, query, d_out, feature_map, normalizer),
-        KEYS_FIRST=keys_first,
-        VECTOR=vector, BLOCK=launch.block, num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
+    ranges, call = _QUERY_PLANS((d_out, query, dq), feature_map, normalizer, scale, eps)
+    rows = query.shape[0] * query.shape[2]
+    parts = empty_parts(ranges, rows, query.shape[3], d_out.shape[3], query)
+    call(d_out, query, dq, *state, *parts[:3])
     factor = {"ratio": 1.0, "none": scale, "covariance": scale / num_keys}[normalizer]
     return reduce_parts(
         parts, query, factor=factor, count=num_keys, centred=False,
@@ -454,22 +453,27 @@ def _query_side(
     )  # fmt: skip
 
 
+def _plan_keys(tensors: tuple[Tensor, ...], feature_map: str, normalizer: str) -> KernelCall:
+    key, value, _, _ = tensors
+    batch, num_keys, heads, head_dim = key.shape
+    launch = configs.launch_of("bwd_keys", key, max(head_dim, value.shape[3]))
+    ranges, share = configs.splits_of(num_keys, batch * heads, key, launch)
+    vector = common_vector(*tensors)
+    numbers = (num_keys, share, batch * heads, heads, *strides_in_vectors(vector, *tensors))
+    constants = _constants("bwd_keys", launch, vector, key, value, feature_map, normalizer)
+    grid = (batch * heads * ranges,)
+    return KernelCall(_linear_attention_bwd_keys_kernel, grid, numbers, constants)
+
+
+_KEY_PLANS = Plans(_plan_keys)
+
+
 def _key_side(
     key: Tensor, value: Tensor, dk: Tensor, dv: Tensor, d_state: State, state: State,
     feature_map: str, normalizer: str,
 ) -> None:  # fmt: skip
-    batch, num_keys, heads, head_dim = key.shape
-    rows = batch * heads
-    launch = configs.launch_of("bwd_keys", key, max(head_dim, value.shape[3]))
-    ranges, share = configs.splits_of(num_keys, rows, key, launch)
-    tensors = (key, value, dk, dv)
-    vector = common_vector(*tensors)
-    _linear_attention_bwd_keys_kernel[(rows * ranges,)](
-        *tensors, *d_state, state.key_row, state.value_row, num_keys, share, rows, heads,
-        *strides_in_vectors(vector, *tensors),
-        **_shape_arguments("bwd_keys", key, value, feature_map, normalizer),
-        VECTOR=vector, BLOCK=launch.block, num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
+    call = _KEY_PLANS((key, value, dk, dv), feature_map, normalizer)
+    call(key, value, dk, dv, *d_state, state.key_row, state.value_row)
 
 
 def linear_attention_bwd(

@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._common.kernel_call import KernelCall
 from .._common.launch import ceil_div, common_vector, empty, strides_in_vectors
+from .._common.plans import Plans
 from . import configs
 from .triton_blocks import (
     feature,
@@ -142,30 +144,45 @@ def _linear_attention_bwd_dkv_wide_kernel(
         store_tile(p_dv, o_dv, m_n, E0, dv1, E, E1)
 
 
-def query_side_wide(
-    d_out: Tensor, query: Tensor, dq: Tensor, state: State, num_keys: int,
+def _plan_queries(
+    tensors: tuple[Tensor, Tensor, Tensor],
     feature_map: str, normalizer: str, scale: float, eps: float,
-) -> State:  # fmt: skip
-    """Writes dq, returns dS with its rows: dz for ratio, sum_i do_i / N for covariance."""
+) -> KernelCall:  # fmt: skip
+    d_out, query, _ = tensors
     batch, num_queries, heads, head_dim = query.shape
     value_dim = d_out.shape[3]
     rows = batch * heads
     launch = configs.launch_of("bwd_dq_wide", query, max(head_dim, value_dim))
     d0, d1 = configs.parts_of(head_dim, "d", "bwd_wide", query.dtype)
+    vector = common_vector(*tensors)
+    numbers = (num_queries, rows, heads, scale, eps, *strides_in_vectors(vector, *tensors))
+    constants = {
+        "D": head_dim, "D0": d0, "D1": d1, "E": value_dim,
+        "FEATURE": configs.kernel_feature(feature_map, query), "NORMALIZER": normalizer,
+        "WIDE": query.dtype == torch.float16,
+        "VECTOR": vector, "BLOCK": launch.block, "BLOCK_R": launch.step,
+        "num_warps": launch.warps, "num_stages": launch.stages,
+    }  # fmt: skip
+    grid = (rows * ceil_div(num_queries, launch.block),)
+    return KernelCall(_linear_attention_bwd_dq_wide_kernel, grid, numbers, constants)
+
+
+_QUERY_PLANS = Plans(_plan_queries)
+
+
+def query_side_wide(
+    d_out: Tensor, query: Tensor, dq: Tensor, state: State, num_keys: int,
+    feature_map: str, normalizer: str, scale: float, eps: float,
+) -> State:  # fmt: skip
+    """Writes dq, returns dS with its rows: dz for ratio, sum_i do_i / N for covariance."""
+    batch, num_queries, heads, _ = query.shape
     ratio = normalizer == "ratio"
     weight, gain = (
-        empty(rows, num_queries if ratio else 0, like=query, dtype=torch.float32) for _ in range(2)
+        empty(batch * heads, num_queries if ratio else 0, like=query, dtype=torch.float32)
+        for _ in range(2)
     )
-    vector = common_vector(d_out, query, dq)
-    _linear_attention_bwd_dq_wide_kernel[(rows * ceil_div(num_queries, launch.block),)](
-        d_out, query, dq, *state, weight, gain,
-        num_queries, rows, heads, scale, eps, *strides_in_vectors(vector, d_out, query, dq),
-        D=head_dim, D0=d0, D1=d1, E=value_dim,
-        FEATURE=configs.kernel_feature(feature_map, query), NORMALIZER=normalizer,
-        WIDE=query.dtype == torch.float16,
-        VECTOR=vector, BLOCK=launch.block, BLOCK_R=launch.step,
-        num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
+    call = _QUERY_PLANS((d_out, query, dq), feature_map, normalizer, scale, eps)
+    call(d_out, query, dq, *state, weight, gain)
     factor = {"ratio": 1.0, "none": scale, "covariance": scale / num_keys}[normalizer]
     return sweep(
         query, d_out, weight, gain, factor=factor, count=num_keys, feature_map=feature_map,
@@ -173,25 +190,37 @@ def query_side_wide(
     )  # fmt: skip
 
 
-def key_side_wide(
-    key: Tensor, value: Tensor, dk: Tensor, dv: Tensor, d_state: State, state: State,
-    feature_map: str, normalizer: str,
-) -> None:  # fmt: skip
-    """Writes dk and dv."""
+def _plan_keys(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor], feature_map: str, normalizer: str
+) -> KernelCall:
+    key, value, _, _ = tensors
     batch, num_keys, heads, head_dim = key.shape
     value_dim = value.shape[3]
     rows = batch * heads
     launch = configs.launch_of("bwd_dkv_wide", key, max(head_dim, value_dim))
     d0, d1 = configs.parts_of(head_dim, "d", "bwd_wide", key.dtype)
     e0, e1 = configs.parts_of(value_dim, "e", "bwd_wide", key.dtype)
-    tensors = (key, value, dk, dv)
     vector = common_vector(*tensors)
-    _linear_attention_bwd_dkv_wide_kernel[(rows * ceil_div(num_keys, launch.block),)](
-        *tensors, *d_state, state.key_row, state.value_row, num_keys, rows, heads,
-        *strides_in_vectors(vector, *tensors),
-        D=head_dim, D0=d0, D1=d1, E=value_dim, E0=e0, E1=e1,
-        FEATURE=configs.kernel_feature(feature_map, key), NORMALIZER=normalizer,
-        WIDE=key.dtype == torch.float16,
-        VECTOR=vector, BLOCK=launch.block, BLOCK_R=launch.step,
-        num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
+    constants = {
+        "D": head_dim, "D0": d0, "D1": d1, "E": value_dim, "E0": e0, "E1": e1,
+        "FEATURE": configs.kernel_feature(feature_map, key), "NORMALIZER": normalizer,
+        "WIDE": key.dtype == torch.float16,
+        "VECTOR": vector, "BLOCK": launch.block, "BLOCK_R": launch.step,
+        "num_warps": launch.warps, "num_stages": launch.stages,
+    }  # fmt: skip
+    grid = (rows * ceil_div(num_keys, launch.block),)
+    numbers = (num_keys, rows, heads, *strides_in_vectors(vector, *tensors))
+    return KernelCall(_linear_attention_bwd_dkv_wide_kernel, grid, numbers, constants)
+
+
+_KEY_PLANS = Plans(_plan_keys)
+
+
+def key_side_wide(
+    key: Tensor, value: Tensor, dk: Tensor, dv: Tensor, d_state: State, state: State,
+    feature_map: str, normalizer: str,
+) -> None:  # fmt: skip
+    """Writes dk and dv."""
+    tensors = (key, value, dk, dv)
+    call = _KEY_PLANS(tensors, feature_map, normalizer)
+    call(*tensors, *d_state, state.key_row, state.value_row)

@@ -37,7 +37,7 @@ from .triton_blocks import (
     store_tile,
     value_shifts_of,
 )
-from .triton_state import State, forward_state
+from .triton_state import forward_state
 
 
 @triton.jit
@@ -260,36 +260,36 @@ def _plan(
 _PLANS = Plans(_plan)
 
 
-def _apply(
-    query: Tensor, out: Tensor, state: State, wide: bool,
+def _plan_apply(
+    tensors: tuple[Tensor, Tensor], wide: bool,
     feature_map: str, normalizer: str, scale: float, eps: float,
-) -> None:  # fmt: skip
+) -> KernelCall:  # fmt: skip
+    query, out = tensors
     batch, num_queries, heads, head_dim = query.shape
     value_dim = out.shape[3]
     rows = batch * heads
+    name = "fwd_apply_wide" if wide else "fwd_apply"
+    launch = configs.launch_of(name, query, max(head_dim, value_dim))
     e0, e1 = configs.parts_of(value_dim, "e", "fwd_apply", query.dtype)
     vector = common_vector(query, out)
-    common = {
+    constants = {
         "D": head_dim, "E": value_dim, "E0": e0, "E1": e1,
         "FEATURE": configs.kernel_feature(feature_map, query), "NORMALIZER": normalizer,
-        "WIDE": query.dtype == torch.float16, "VECTOR": vector,
+        "WIDE": query.dtype == torch.float16, "VECTOR": vector, "BLOCK": launch.block,
+        "num_warps": launch.warps, "num_stages": launch.stages,
     }  # fmt: skip
-    strides = strides_in_vectors(vector, query, out)
+    numbers = (rows, heads, scale, eps, *strides_in_vectors(vector, query, out))
     if wide:
-        launch = configs.launch_of("fwd_apply_wide", query, max(head_dim, value_dim))
-        _linear_attention_fwd_apply_wide_kernel[(rows * ceil_div(num_queries, launch.block),)](
-            query, out, *state, num_queries, rows, heads, scale, eps, *strides, **common,
-            BLOCK=launch.block, BLOCK_R=launch.step,
-            num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
-        return
-    launch = configs.launch_of("fwd_apply", query, max(head_dim, value_dim))
+        kernel, numbers = _linear_attention_fwd_apply_wide_kernel, (num_queries, *numbers)
+        grid = (rows * ceil_div(num_queries, launch.block),)
+        return KernelCall(kernel, grid, numbers, {**constants, "BLOCK_R": launch.step})
     d0, d1 = configs.parts_of(head_dim, "d", "fwd_apply", query.dtype)
     ranges, share = configs.splits_of(num_queries, rows, query, launch)
-    _linear_attention_fwd_apply_kernel[(rows * ranges,)](
-        query, out, *state, num_queries, share, rows, heads, scale, eps, *strides, **common,
-        D0=d0, D1=d1, BLOCK=launch.block, num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
+    kernel, numbers = _linear_attention_fwd_apply_kernel, (num_queries, share, *numbers)
+    return KernelCall(kernel, (rows * ranges,), numbers, {**constants, "D0": d0, "D1": d1})
+
+
+_APPLY_PLANS = Plans(_plan_apply)
 
 
 def linear_attention_fwd(
@@ -309,5 +309,6 @@ def linear_attention_fwd(
             plan.fused(query, key, value, out)
         else:
             state = forward_state(key, value, feature_map, normalizer, scale, shifted=False)
-            _apply(query, out, state, plan.way == "wide", *options)
+            apply = _APPLY_PLANS((query, out), plan.way == "wide", *options)
+            apply(query, out, *state)
     return out

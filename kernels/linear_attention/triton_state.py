@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._common.kernel_call import KernelCall
 from .._common.launch import ceil_div, common_vector, empty, strides_in_vectors
+from .._common.plans import Plans
 from . import configs
 from .triton_blocks import (
     centre,
@@ -187,6 +189,26 @@ def empty_parts(splits: int, rows: int, head_dim: int, value_dim: int, like: Ten
     return Parts(*(empty(*shape, like=like, dtype=torch.float32) for shape in shapes))
 
 
+def _plan_reduce(
+    tensors: tuple[Tensor, Tensor],
+    factor: float, count: int, centred: bool, sum_k: bool, sum_v: bool,
+) -> KernelCall:  # fmt: skip
+    matrix, _ = tensors
+    splits, rows, value_dim, head_dim = matrix.shape
+    block = 512
+    constants = {
+        "D": head_dim, "E": value_dim, "CENTRED": centred, "SUM_K": sum_k, "SUM_V": sum_v,
+        "D_PAD": triton.next_power_of_2(head_dim), "E_PAD": triton.next_power_of_2(value_dim),
+        "BLOCK": block, "PARTS": 8, "num_warps": 4,
+    }  # fmt: skip
+    grid = (rows, ceil_div(head_dim * value_dim, block))
+    numbers = (splits, factor, float(count))
+    return KernelCall(_linear_attention_fwd_reduce_kernel, grid, numbers, constants)
+
+
+_REDUCE_PLANS = Plans(_plan_reduce)
+
+
 def reduce_parts(
     parts: Parts,
     like: Tensor,
@@ -198,16 +220,52 @@ def reduce_parts(
     sum_v: bool,
 ) -> State:
     """The finished state; see the kernel."""
-    splits, rows, value_dim, head_dim = parts.matrix.shape
+    _, rows, value_dim, head_dim = parts.matrix.shape
     state = empty_state(rows, head_dim, value_dim, like)
-    block = 512
-    _linear_attention_fwd_reduce_kernel[(rows, ceil_div(head_dim * value_dim, block))](
-        *parts, *state, splits, factor, float(count),
-        D=head_dim, E=value_dim, CENTRED=centred, SUM_K=sum_k, SUM_V=sum_v,
-        D_PAD=triton.next_power_of_2(head_dim), E_PAD=triton.next_power_of_2(value_dim),
-        BLOCK=block, PARTS=8, num_warps=4,
-    )  # fmt: skip
+    tensors = (parts.matrix, state.matrix)
+    call = _REDUCE_PLANS(tensors, factor, count, centred, sum_k, sum_v)
+    call(*parts, *state)
     return state
+
+
+def _plan_sweep(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    factor: float, count: int, feature_map: str,
+    centred: bool, shifted: bool, weighted: bool, sum_k: bool, sum_v: bool,
+) -> tuple[int, KernelCall]:  # fmt: skip
+    """The number of splits, and the launch that sums each."""
+    key, value, _ = tensors
+    batch, tokens, heads, head_dim = key.shape
+    value_dim = value.shape[3]
+    rows = batch * heads
+    width = max(head_dim, value_dim)
+    launch = configs.launch_of("fwd_moments", key, max(head_dim, min(value_dim, 128)))
+    plain = sum_k and not (centred or shifted or weighted)
+    keys_first = plain and configs.keys_first("fwd_moments", key, width)
+    columns = configs.value_block(head_dim, value_dim, key.element_size())
+    parts = "fwd_moments_keys_first" if keys_first else "fwd_moments"
+    d0, d1 = configs.parts_of(head_dim, "d", parts, key.dtype)
+    e0, e1 = configs.parts_of(columns, "e", parts, key.dtype)
+    blocks = ceil_div(value_dim, columns)
+    splits, share = configs.splits_of(tokens, rows * blocks, key, launch)
+    vector = common_vector(key, value)
+    numbers = (
+        tokens, share, heads, factor, float(count), *strides_in_vectors(vector, key, value),
+    )  # fmt: skip
+    constants = {
+        "D": head_dim, "D0": d0, "D1": d1, "E": value_dim, "EB": columns, "E0": e0, "E1": e1,
+        "FEATURE": configs.kernel_feature(feature_map, key),
+        "CENTRED": centred, "SHIFTED": shifted, "WEIGHTED": weighted,
+        "SUM_K": sum_k, "SUM_V": sum_v, "KEYS_FIRST": keys_first,
+        "WIDE": key.dtype == torch.float16, "FINAL": splits == 1,
+        "VECTOR": vector, "BLOCK": launch.block,
+        "num_warps": launch.warps, "num_stages": launch.stages,
+    }  # fmt: skip
+    grid = (rows * blocks, splits)
+    return splits, KernelCall(_linear_attention_fwd_moments_kernel, grid, numbers, constants)
+
+
+_SWEEP_PLANS = Plans(_plan_sweep)
 
 
 def sweep(
@@ -227,40 +285,20 @@ def sweep(
 ) -> State:
     """State of (key, value), each key weighed if `weighted`; if `shifted` the state of the values
     less their shift, which is then the row of values."""
-    batch, tokens, heads, head_dim = key.shape
-    value_dim = value.shape[3]
-    rows = batch * heads
-    width = max(head_dim, value_dim)
-    launch = configs.launch_of("fwd_moments", key, max(head_dim, min(value_dim, 128)))
-    plain = sum_k and not (centred or shifted or weighted)
-    keys_first = plain and configs.keys_first("fwd_moments", key, width)
-    columns = configs.value_block(head_dim, value_dim, key.element_size())
-    parts = "fwd_moments_keys_first" if keys_first else "fwd_moments"
-    d0, d1 = configs.parts_of(head_dim, "d", parts, key.dtype)
-    e0, e1 = configs.parts_of(columns, "e", parts, key.dtype)
-    blocks = ceil_div(value_dim, columns)
-    splits, share = configs.splits_of(tokens, rows * blocks, key, launch)
-    sums = {"sum_k": sum_k, "sum_v": sum_v, "centred": centred}
+    splits, call = _SWEEP_PLANS(
+        (key, value, weight), factor, count, feature_map, centred, shifted, weighted, sum_k, sum_v
+    )
+    rows, head_dim, value_dim = key.shape[0] * key.shape[2], key.shape[3], value.shape[3]
     if splits == 1:
         state = empty_state(rows, head_dim, value_dim, key)
         # Shifts of keys stay in the program: their place is filled, not used.
-        parts = Parts(*state, state.key_row, state.value_row)
-    else:
-        parts = empty_parts(splits, rows, head_dim, value_dim, key)
-    vector = common_vector(key, value)
-    _linear_attention_fwd_moments_kernel[(rows * blocks, splits)](
-        key, value, weight, gain, *parts,
-        tokens, share, heads, factor, float(count), *strides_in_vectors(vector, key, value),
-        D=head_dim, D0=d0, D1=d1, E=value_dim, EB=columns, E0=e0, E1=e1,
-        FEATURE=configs.kernel_feature(feature_map, key),
-        CENTRED=centred, SHIFTED=shifted, WEIGHTED=weighted,
-        SUM_K=sum_k, SUM_V=sum_v, KEYS_FIRST=keys_first,
-        WIDE=key.dtype == torch.float16, FINAL=splits == 1,
-        VECTOR=vector, BLOCK=launch.block, num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
-    if splits == 1:
+        call(key, value, weight, gain, *state, state.key_row, state.value_row)
         return state
-    state = reduce_parts(parts, key, factor=factor, count=count, **sums)
+    parts = empty_parts(splits, rows, head_dim, value_dim, key)
+    call(key, value, weight, gain, *parts)
+    state = reduce_parts(
+        parts, key, factor=factor, count=count, centred=centred, sum_k=sum_k, sum_v=sum_v
+    )
     return state._replace(value_row=parts.value_shift) if shifted else state
 
 

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernel_checks import DEVICE, on_gpu_or_interpreted
 from lintra.kernels import linear_attention
+from lintra.kernels._common import operators
 from lintra.kernels._common.operators import Operator
 
 
@@ -70,6 +71,11 @@ def test_other_tensors_go_to_the_dispatcher(operator, make):
 
 def test_numbers_of_another_kind_go_to_the_dispatcher(operator):
     assert operator(torch.ones(3), [1, 2]) == "dispatcher"
+
+
+def test_a_torch_that_does_not_say_dispatches_all(operator, monkeypatch):
+    monkeypatch.setattr(operators, "_ANSWERED", False)
+    assert operator(torch.ones(3)) == "dispatcher"
 
 
 @pytest.mark.parametrize("mode", [Functions, Names, torch.profiler.profile])

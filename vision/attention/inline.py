@@ -26,7 +26,7 @@ def _grouped_linear(x: Tensor, conv: Any) -> Tensor:
     """
     groups, channels = conv.groups, conv.in_channels // conv.groups
     weight = conv.weight.view(groups, -1, channels).transpose(1, 2)
-    bias = conv.get_parameter("bias").view(groups, 1, -1)
+    bias = conv.bias.view(groups, 1, -1)
     return torch.baddbmm(bias, x, weight)
 
 

@@ -110,14 +110,15 @@ class LinearMixer(Foldable, nn.Module):
     def project(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """``x`` (B, N, C) to q (B, N, H, D) and k, v (B, N', H, D), views where possible."""
         if self.fused_qkv:
-            q, k, v = self.qkv(x).chunk(3, dim=-1)
-        else:
-            q = self.q(x)
-            if self.sr_ratio > 1:
-                image = x.transpose(1, 2).unflatten(2, grid)
-                x = self.norm(self.sr(image).flatten(2).transpose(1, 2))
-            k, v = self.kv(x).chunk(2, dim=-1)
-        return self._heads(q), self._heads(k), self._heads(v)
+            # All parts at once: a view is a microsecond of the host, which eager mode waits for.
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+            return q, k, v
+        q = self._heads(self.q(x))
+        if self.sr_ratio > 1:
+            image = x.transpose(1, 2).unflatten(2, grid)
+            x = self.norm(self.sr(image).flatten(2).transpose(1, 2))
+        k, v = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
+        return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
         """Attention of ``q`` (B, N, H, D) over keys that lie on `grid`: (B, N, H, D)."""
