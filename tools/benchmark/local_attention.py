@@ -46,8 +46,11 @@ def visible_pairs(side: int, radius: float, prefix: int, extra: int) -> int:
 def _inputs(
     tokens: int, heads: int, dim: int, extra: int, device: torch.device, dtype: torch.dtype
 ) -> list[Tensor]:
-    qkv = torch.randn(1, tokens, 3, heads, dim, device=device, dtype=dtype)
-    inputs = list(qkv.unbind(2))
+    # FlexAttention's offsets are 32 bits: views of one projection of 512 x 512 tokens are beyond.
+    axis = 2 if 3 * tokens * heads * dim < 2**31 else 0
+    sizes = [1, tokens, heads, dim]
+    sizes.insert(axis, 3)
+    inputs = list(torch.randn(sizes, device=device, dtype=dtype).unbind(axis))
     if extra:
         inputs += torch.randn(1, extra, 2, heads, dim, device=device, dtype=dtype).unbind(2)
     return [x.requires_grad_() for x in inputs]
