@@ -64,6 +64,13 @@ FWD_APPLY_WIDE: Table = {
     (0, 4, 320): Launch(16, 8, 1, 16),
     (90, 2, 320): Launch(128, 8, 3),
 }
+FWD_QUADRATIC: Table = {
+    (0, 2, 128): Launch(64, 4, 1),
+    (0, 2, 320): Launch(64, 8, 1, 32),
+    (0, 4, 320): Launch(16, 8, 1, 16),
+    (90, 2, 128): Launch(64, 4, 2),
+    (90, 2, 320): Launch(64, 4, 1),
+}
 BWD_FUSED: Table = {
     (0, 2, 64): Launch(64, 4, 1),
     (0, 2, 128): Launch(32, 8, 1),
@@ -104,6 +111,7 @@ TABLES: dict[str, Table] = {
     "fwd_moments": FWD_MOMENTS,
     "fwd_apply": FWD_APPLY,
     "fwd_apply_wide": FWD_APPLY_WIDE,
+    "fwd_quadratic": FWD_QUADRATIC,
     "bwd_fused": BWD_FUSED,
     "bwd_queries": BWD_QUERIES,
     "bwd_queries_keys_first": BWD_QUERIES_KEYS_FIRST,
@@ -189,9 +197,24 @@ def value_block(head_dim: int, value_dim: int, element_size: int) -> int:
     return limit
 
 
-def way_of(name: str, query: Tensor, key: Tensor, value: Tensor) -> str:
+# (over, up to, keys): widths of heads whose kernels take the quadratic order for up to so many
+# keys, by architecture and direction, bfloat16. Empty until measured.
+_QUADRATIC: dict[tuple[int, str], tuple[tuple[int, int, int], ...]] = {}
+
+
+def _is_quadratic(name: str, query: Tensor, num_keys: int, width: int) -> bool:
+    """Whether the quadratic order was measured to be faster."""
+    rows = _QUADRATIC.get((architecture(query.get_device()), name), ())
+    fits = any(over < width <= up_to and num_keys <= keys for over, up_to, keys in rows)
+    return fits and query.dtype == torch.bfloat16
+
+
+def way_of(name: str, query: Tensor, key: Tensor, value: Tensor, normalizer: str) -> str:
     """fused: one program a head; split: ranges of tokens around a state that a program can keep;
-    wide: around one that it cannot. `name` is fwd or bwd."""
+    wide: around one that it cannot; quadratic: no state, but no covariance either.
+
+    `name` is fwd or bwd.
+    """
     batch, num_queries, heads, head_dim = query.shape
     tokens, width = max(num_queries, key.shape[1]), max(head_dim, value.shape[3])
     waves = batch * heads / multiprocessors(query)
@@ -204,7 +227,10 @@ def way_of(name: str, query: Tensor, key: Tensor, value: Tensor) -> str:
     elif name == "fwd" and query.dtype == torch.bfloat16:
         widest = _MAX_FUSED_DIM.get(architecture(query.get_device()), MAX_NARROW_DIM)
     around_a_state = "split" if width <= MAX_NARROW_DIM else "wide"
-    return pin_or(f"{name}_way", "fused" if short and width <= widest else around_a_state)
+    linear = "fused" if short and width <= widest else around_a_state
+    chosen = "quadratic" if _is_quadratic(name, query, key.shape[1], width) else linear
+    way = pin_or(f"{name}_way", chosen)
+    return linear if way == "quadratic" and normalizer == "covariance" else way
 
 
 def splits_of(tokens: int, programs: int, tensor: Tensor, launch: Launch) -> tuple[int, int]:

@@ -469,7 +469,7 @@ def linear_attention_bwd(
     d_out, query, key, value = (unit_last(x) for x in (d_out, query, key, value))
     options = (feature_map, normalizer, scale, eps)
     with device_guard(query):
-        way = configs.way_of("bwd", query, key, value)
+        way = configs.way_of("bwd", query, key, value, normalizer)
         if way == "fused":
             _fused(d_out, query, key, value, (dq, dk, dv), *options)
             return dq, dk, dv

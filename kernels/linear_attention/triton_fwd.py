@@ -1,7 +1,8 @@
 """Forward kernels of linear attention and their launchers.
 
-Two ways, which `configs.py` chooses between: one launch in which a program owns the state of one
-head, or a sweep over the keys, then one over the queries, both split.
+Ways, which `configs.py` chooses between: one launch in which a program owns the state of one head;
+a sweep over the keys, then one over the queries, both split; or the other order, with no state at
+all (`triton_quadratic.py`).
 """
 
 import torch
@@ -34,6 +35,7 @@ from .triton_blocks import (
     store_tile,
     value_shifts_of,
 )
+from .triton_quadratic import attend_quadratic
 from .triton_state import State, forward_state
 
 
@@ -228,7 +230,7 @@ def _plan_fused(
 
 
 _FUSED_PLANS = Plans(_plan_fused)
-_WAYS = Plans(lambda tensors: configs.way_of("fwd", *tensors))
+_WAYS = Plans(lambda tensors, normalizer: configs.way_of("fwd", *tensors, normalizer))
 
 
 def _fused(
@@ -285,9 +287,11 @@ def linear_attention_fwd(
     query, key, value = (unit_last(x) for x in (query, key, value))
     options = (feature_map, normalizer, scale, eps)
     with device_guard(query):
-        way = _WAYS((query, key, value))
+        way = _WAYS((query, key, value), normalizer)
         if way == "fused":
             _fused(query, key, value, out, *options)
+        elif way == "quadratic":
+            attend_quadratic(query, key, value, out, *options)
         else:
             state = forward_state(key, value, feature_map, normalizer, scale, shifted=False)
             _apply(query, out, state, way == "wide", *options)
