@@ -13,7 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .._common.launch import architecture, multiprocessors
+from .._common.launch import (
+    architecture,
+    copy_engine_takes,
+    knows_gluon,
+    multiprocessors,
+)
 from .._common.pinning import pin_or
 
 MAX_HEAD_DIM = 320
@@ -71,6 +76,13 @@ FWD_QUADRATIC: Table = {
     (90, 2, 128): Launch(64, 4, 2),
     (90, 2, 320): Launch(64, 4, 1),
 }
+# As many keys at a time and places in their rings as 227 KB hold.
+FWD_QUADRATIC_HOPPER: Table = {
+    (90, 2, 128): Launch(128, 8, 4),
+    (90, 2, 192): Launch(128, 8, 3),
+    (90, 2, 288): Launch(128, 8, 2),
+    (90, 2, 320): Launch(128, 8, 3, 32),
+}
 BWD_FUSED: Table = {
     (0, 2, 64): Launch(64, 4, 1),
     (0, 2, 128): Launch(32, 8, 1),
@@ -112,6 +124,7 @@ TABLES: dict[str, Table] = {
     "fwd_apply": FWD_APPLY,
     "fwd_apply_wide": FWD_APPLY_WIDE,
     "fwd_quadratic": FWD_QUADRATIC,
+    "fwd_quadratic_hopper": FWD_QUADRATIC_HOPPER,
     "bwd_fused": BWD_FUSED,
     "bwd_queries": BWD_QUERIES,
     "bwd_queries_keys_first": BWD_QUERIES_KEYS_FIRST,
@@ -231,6 +244,18 @@ def way_of(name: str, query: Tensor, key: Tensor, value: Tensor, normalizer: str
     chosen = "quadratic" if _is_quadratic(name, query, key.shape[1], width) else linear
     way = pin_or(f"{name}_way", chosen)
     return linear if way == "quadratic" and normalizer == "covariance" else way
+
+
+def quadratic_kernel(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """hopper: the kernel for the copy engine and the tensor cores of one architecture; general."""
+    hopper = (
+        architecture(query.get_device()) == 90
+        and query.dtype == torch.bfloat16
+        and query.shape[3] == value.shape[3]
+        and all(x.shape[3] % 8 == 0 and copy_engine_takes(x) for x in (query, key, value))
+        and knows_gluon()
+    )
+    return pin_or("quadratic_kernel", "hopper" if hopper else "general")
 
 
 def splits_of(tokens: int, programs: int, tensor: Tensor, launch: Launch) -> tuple[int, int]:

@@ -118,6 +118,11 @@ def attend_quadratic(
     feature_map: str, normalizer: str, scale: float, eps: float,
 ) -> None:  # fmt: skip
     """Fills `out`; no covariance."""
+    if configs.quadratic_kernel(query, key, value) == "hopper":
+        from .hopper_quadratic import attend_quadratic_hopper  # Gluon is not in every triton
+
+        attend_quadratic_hopper(query, key, value, out, feature_map, normalizer, scale, eps)
+        return
     tensors = (query, key, value, out)
     grid, numbers, constants = _PLANS(tensors, feature_map, normalizer, scale, eps)
     _linear_attention_fwd_quadratic_kernel[grid](*tensors, *numbers, **constants)
