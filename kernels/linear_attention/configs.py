@@ -73,8 +73,8 @@ FWD_QUADRATIC: Table = {
     (0, 2, 128): Launch(64, 4, 1),
     (0, 2, 320): Launch(64, 8, 1, 32),
     (0, 4, 320): Launch(16, 8, 1, 16),
-    (90, 2, 128): Launch(64, 4, 2),
-    (90, 2, 320): Launch(64, 4, 1),
+    (90, 2, 128): Launch(64, 4, 1),
+    (90, 2, 320): Launch(64, 4, 1, 32),
 }
 # As many keys at a time and places in their rings as 227 KB hold.
 FWD_QUADRATIC_HOPPER: Table = {
@@ -210,16 +210,28 @@ def value_block(head_dim: int, value_dim: int, element_size: int) -> int:
     return limit
 
 
-# (over, up to, keys): widths of heads whose kernels take the quadratic order for up to so many
-# keys, by architecture and direction, bfloat16. Empty until measured.
-_QUADRATIC: dict[tuple[int, str], tuple[tuple[int, int, int], ...]] = {}
+# (over, up to, keys): widths of heads whose quadratic order, by the kernel for Hopper, is taken for
+# up to so many keys; by direction. Empty until measured.
+_QUADRATIC: dict[str, tuple[tuple[int, int, int], ...]] = {}
 
 
-def _is_quadratic(name: str, query: Tensor, num_keys: int, width: int) -> bool:
+def quadratic_kernel(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """hopper: the kernel for the copy engine and the tensor cores of one architecture; general."""
+    hopper = (
+        architecture(query.get_device()) == 90
+        and query.dtype == torch.bfloat16
+        and query.shape[3] == value.shape[3]
+        and all(x.shape[3] % 8 == 0 and copy_engine_takes(x) for x in (query, key, value))
+        and knows_gluon()
+    )
+    return pin_or("quadratic_kernel", "hopper" if hopper else "general")
+
+
+def _is_quadratic(name: str, query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the quadratic order was measured to be faster."""
-    rows = _QUADRATIC.get((architecture(query.get_device()), name), ())
-    fits = any(over < width <= up_to and num_keys <= keys for over, up_to, keys in rows)
-    return fits and query.dtype == torch.bfloat16
+    rows, width, keys = _QUADRATIC.get(name, ()), query.shape[3], key.shape[1]
+    fits = any(over < width <= up_to and keys <= most for over, up_to, most in rows)
+    return fits and quadratic_kernel(query, key, value) == "hopper"
 
 
 def way_of(name: str, query: Tensor, key: Tensor, value: Tensor, normalizer: str) -> str:
@@ -241,21 +253,9 @@ def way_of(name: str, query: Tensor, key: Tensor, value: Tensor, normalizer: str
         widest = _MAX_FUSED_DIM.get(architecture(query.get_device()), MAX_NARROW_DIM)
     around_a_state = "split" if width <= MAX_NARROW_DIM else "wide"
     linear = "fused" if short and width <= widest else around_a_state
-    chosen = "quadratic" if _is_quadratic(name, query, key.shape[1], width) else linear
+    chosen = "quadratic" if _is_quadratic(name, query, key, value) else linear
     way = pin_or(f"{name}_way", chosen)
     return linear if way == "quadratic" and normalizer == "covariance" else way
-
-
-def quadratic_kernel(query: Tensor, key: Tensor, value: Tensor) -> str:
-    """hopper: the kernel for the copy engine and the tensor cores of one architecture; general."""
-    hopper = (
-        architecture(query.get_device()) == 90
-        and query.dtype == torch.bfloat16
-        and query.shape[3] == value.shape[3]
-        and all(x.shape[3] % 8 == 0 and copy_engine_takes(x) for x in (query, key, value))
-        and knows_gluon()
-    )
-    return pin_or("quadratic_kernel", "hopper" if hopper else "general")
 
 
 def splits_of(tokens: int, programs: int, tensor: Tensor, launch: Launch) -> tuple[int, int]:

@@ -28,15 +28,6 @@ from . import configs
 
 
 @gluon.jit
-def _init_barriers(COUNT: gl.constexpr):
-    """A barrier for each place of a ring."""
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), count=1)
-    return barriers
-
-
-@gluon.jit
 def _feature(
     tile, first, D: gl.constexpr, WIDTH: gl.constexpr, WARPS: gl.constexpr, FEATURE: gl.constexpr
 ):
@@ -159,15 +150,21 @@ def _linear_attention_fwd_quadratic_hopper_kernel(
         k1_s = gl.allocate_shared_memory(DTYPE, [STAGES, STEP, D1], LAYOUT1)
         v1_s = gl.allocate_shared_memory(DTYPE, [STAGES, STEP, D1], LAYOUT1)
         y1 = gl.zeros([BLOCK, D1], gl.float32, Y1_LAYOUT)
-    q_full = _init_barriers(1)
-    k_full, v_full = _init_barriers(STAGES), _init_barriers(STAGES)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    mbarrier.init(q_full, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
     gl.thread_barrier()
 
     row = gl.program_id(0) // tiles
     first = gl.program_id(0) % tiles * BLOCK
     batch, head = row // heads, row % heads
     count = (num_keys + STEP - 1) // STEP
-    _load(q0_d, q1_d, q0_s, q1_s, q_full.index(0), batch, head, first, True, D0, D1)
+    _load(q0_d, q1_d, q0_s, q1_s, q_full, batch, head, first, True, D0, D1)
     for i in gl.static_range(STAGES):
         _load(
             k0_d, k1_d, k0_s.index(i), k1_s.index(i), k_full.index(i),
@@ -181,7 +178,7 @@ def _linear_attention_fwd_quadratic_hopper_kernel(
     none = gl.zeros([BLOCK, STEP], gl.float32, S_LAYOUT)
     total = gl.zeros([BLOCK], gl.float32, gl.SliceLayout(1, S_LAYOUT))
     o_n = gl.arange(0, STEP, gl.SliceLayout(0, S_LAYOUT))
-    mbarrier.wait(q_full.index(0), 0)
+    mbarrier.wait(q_full, 0)
     _activate(q0_s, q1_s, D, D0, D1, WARPS, FEATURE)
     mbarrier.wait(k_full.index(0), 0)
     _activate(k0_s.index(0), k1_s.index(0), D, D0, D1, WARPS, FEATURE)
