@@ -5,6 +5,7 @@ import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -104,3 +105,20 @@ def architecture(device_index: int) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device_index)
     return 10 * major + minor
+
+
+@cache
+def knows_gluon() -> bool:
+    """Whether this triton is one that the kernels in Gluon, which still changes, were made for."""
+    try:
+        major, minor = (int(x) for x in version("triton").split(".")[:2])
+    except PackageNotFoundError:
+        return False
+    return (3, 6) <= (major, minor) <= (3, 8)
+
+
+def copy_engine_takes(tensor: Tensor) -> bool:
+    """Its addresses and strides are multiples of 16 bytes."""
+    strides = [s for n, s in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if n > 1]
+    aligned = all(s > 0 and s * tensor.element_size() % 16 == 0 for s in strides)
+    return aligned and tensor.data_ptr() % 16 == 0

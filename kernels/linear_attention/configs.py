@@ -13,7 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .._common.launch import architecture, multiprocessors
+from .._common.launch import (
+    architecture,
+    copy_engine_takes,
+    knows_gluon,
+    multiprocessors,
+)
 from .._common.pinning import pin_or
 
 MAX_HEAD_DIM = 320
@@ -64,6 +69,19 @@ FWD_APPLY_WIDE: Table = {
     (0, 4, 320): Launch(16, 8, 1, 16),
     (90, 2, 320): Launch(128, 8, 3),
 }
+FWD_QUADRATIC: Table = {
+    (0, 2, 128): Launch(64, 4, 1),
+    (0, 2, 320): Launch(64, 8, 1, 32),
+    (0, 4, 320): Launch(16, 8, 1, 16),
+    (90, 2, 128): Launch(64, 4, 2),
+    (90, 2, 320): Launch(64, 4, 2, 32),
+}
+# As many keys at a time and places in their rings as 227 KB hold.
+FWD_QUADRATIC_HOPPER: Table = {
+    (90, 2, 128): Launch(128, 8, 3),
+    (90, 2, 288): Launch(128, 8, 2),
+    (90, 2, 320): Launch(128, 8, 3, 32),
+}
 BWD_FUSED: Table = {
     (0, 2, 64): Launch(64, 4, 1),
     (0, 2, 128): Launch(32, 8, 1),
@@ -104,6 +122,8 @@ TABLES: dict[str, Table] = {
     "fwd_moments": FWD_MOMENTS,
     "fwd_apply": FWD_APPLY,
     "fwd_apply_wide": FWD_APPLY_WIDE,
+    "fwd_quadratic": FWD_QUADRATIC,
+    "fwd_quadratic_hopper": FWD_QUADRATIC_HOPPER,
     "bwd_fused": BWD_FUSED,
     "bwd_queries": BWD_QUERIES,
     "bwd_queries_keys_first": BWD_QUERIES_KEYS_FIRST,
@@ -189,9 +209,41 @@ def value_block(head_dim: int, value_dim: int, element_size: int) -> int:
     return limit
 
 
-def way_of(name: str, query: Tensor, key: Tensor, value: Tensor) -> str:
+# (over, up to, keys): widths of heads whose quadratic order is taken for up to so many keys, by
+# direction and kernel; where it was measured to be faster, bfloat16 on an H100.
+_QUADRATIC: dict[tuple[str, str], tuple[tuple[int, int, int], ...]] = {
+    ("fwd", "hopper"): ((64, 96, 256), (128, 320, 256)),
+    ("fwd", "general"): ((256, 320, 256),),
+}
+
+
+def quadratic_kernel(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """hopper: the kernel for the copy engine and the tensor cores of one architecture; general."""
+    hopper = (
+        architecture(query.get_device()) == 90
+        and query.dtype == torch.bfloat16
+        and query.shape[3] == value.shape[3]
+        and all(x.shape[3] % 8 == 0 and copy_engine_takes(x) for x in (query, key, value))
+        and knows_gluon()
+    )
+    return pin_or("quadratic_kernel", "hopper" if hopper else "general")
+
+
+def _is_quadratic(name: str, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the quadratic order was measured to be faster."""
+    if architecture(query.get_device()) != 90 or query.dtype != torch.bfloat16:
+        return False
+    rows = _QUADRATIC.get((name, quadratic_kernel(query, key, value)), ())
+    width, keys = max(query.shape[3], value.shape[3]), key.shape[1]
+    return any(over < width <= up_to and keys <= most for over, up_to, most in rows)
+
+
+def way_of(name: str, query: Tensor, key: Tensor, value: Tensor, normalizer: str) -> str:
     """fused: one program a head; split: ranges of tokens around a state that a program can keep;
-    wide: around one that it cannot. `name` is fwd or bwd."""
+    wide: around one that it cannot; quadratic: no state, but no covariance either.
+
+    `name` is fwd or bwd.
+    """
     batch, num_queries, heads, head_dim = query.shape
     tokens, width = max(num_queries, key.shape[1]), max(head_dim, value.shape[3])
     waves = batch * heads / multiprocessors(query)
@@ -204,7 +256,10 @@ def way_of(name: str, query: Tensor, key: Tensor, value: Tensor) -> str:
     elif name == "fwd" and query.dtype == torch.bfloat16:
         widest = _MAX_FUSED_DIM.get(architecture(query.get_device()), MAX_NARROW_DIM)
     around_a_state = "split" if width <= MAX_NARROW_DIM else "wide"
-    return pin_or(f"{name}_way", "fused" if short and width <= widest else around_a_state)
+    linear = "fused" if short and width <= widest else around_a_state
+    chosen = "quadratic" if _is_quadratic(name, query, key, value) else linear
+    way = pin_or(f"{name}_way", chosen)
+    return linear if way == "quadratic" and normalizer == "covariance" else way
 
 
 def splits_of(tokens: int, programs: int, tensor: Tensor, launch: Launch) -> tuple[int, int]:

@@ -397,7 +397,7 @@ def _plan(
 ) -> tuple[str, KernelCall | None]:
     """The way that runs, and the launch that is all of the fused one."""
     _, query, key, value = tensors
-    way = configs.way_of("bwd", query, key, value)
+    way = configs.way_of("bwd", query, key, value, normalizer)
     if way != "fused":
         return way, None
     launch = configs.launch_of("bwd_fused", query, max(query.shape[3], value.shape[3]))

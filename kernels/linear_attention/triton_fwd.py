@@ -1,7 +1,8 @@
 """Forward kernels of linear attention and their launchers.
 
-Two ways, which `configs.py` chooses between: one launch in which a program owns the state of one
-head, or a sweep over the keys, then one over the queries, both split.
+Ways, which `configs.py` chooses between: one launch in which a program owns the state of one head;
+a sweep over the keys, then one over the queries, both split; or the other order, with no state at
+all (`triton_quadratic.py`).
 """
 
 from typing import NamedTuple
@@ -37,6 +38,7 @@ from .triton_blocks import (
     store_tile,
     value_shifts_of,
 )
+from .triton_quadratic import attend_quadratic
 from .triton_state import forward_state
 
 
@@ -250,7 +252,7 @@ def _plan(
         return _Plan(out_shape, False, "empty")
     tensors = tuple(unit_last(x) for x in tensors)
     copied = any(x is not y for x, y in zip(tensors, (query, key, value), strict=True))
-    way = configs.way_of("fwd", *tensors)
+    way = configs.way_of("fwd", *tensors, normalizer)
     fused = None
     if way == "fused":
         fused = _plan_fused(tensors, feature_map, normalizer, scale, eps)
@@ -307,6 +309,8 @@ def linear_attention_fwd(
     with device_guard(query):
         if plan.fused is not None:
             plan.fused(query, key, value, out)
+        elif plan.way == "quadratic":
+            attend_quadratic(query, key, value, out, *options)
         else:
             state = forward_state(key, value, feature_map, normalizer, scale, shifted=False)
             apply = _APPLY_PLANS((query, out), plan.way == "wide", *options)

@@ -8,14 +8,17 @@ memory that a program has on consumer cards.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._common.launch import architecture, multiprocessors
+from .._common.launch import (
+    architecture,
+    copy_engine_takes,
+    knows_gluon,
+    multiprocessors,
+)
 from .._common.pinning import pin_or
 
 MAX_HEAD_DIM = 128
@@ -111,23 +114,6 @@ def disc_limit(height: int, width: int, radius: float) -> int:
     return min(math.ceil(clipped**2), (height - 1) ** 2 + (width - 1) ** 2 + 1)
 
 
-@cache
-def _knows_gluon() -> bool:
-    """Whether this triton is one that the kernels in Gluon, which still changes, were made for."""
-    try:
-        major, minor = (int(x) for x in version("triton").split(".")[:2])
-    except PackageNotFoundError:
-        return False
-    return (3, 6) <= (major, minor) <= (3, 8)
-
-
-def copy_engine_takes(tensor: Tensor) -> bool:
-    """Its addresses and strides are multiples of 16 bytes."""
-    strides = [s for n, s in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if n > 1]
-    aligned = all(s > 0 and s * tensor.element_size() % 16 == 0 for s in strides)
-    return aligned and tensor.data_ptr() % 16 == 0
-
-
 def way_of(name: str, tensors: Iterable[Tensor], scale: float) -> str:
     """hopper: kernels for the copy engine and the tensor cores of one architecture; general: any.
     `name` is fwd or bwd."""
@@ -138,7 +124,7 @@ def way_of(name: str, tensors: Iterable[Tensor], scale: float) -> str:
         and first.element_size() == 2
         and scale > 0
         and all(x.shape[3] in (64, 128) and copy_engine_takes(x) for x in tensors)
-        and _knows_gluon()
+        and knows_gluon()
     )
     return pin_or(f"local_{name}_way", "hopper" if hopper else "general")
 

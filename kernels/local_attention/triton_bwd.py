@@ -12,6 +12,7 @@ from torch import Tensor
 from .._common.launch import (
     ceil_div,
     common_vector,
+    copy_engine_takes,
     device_guard,
     empty,
     strides_in_vectors,
@@ -391,7 +392,7 @@ def local_attention_bwd(
         if configs.way_of("bwd", inputs, scale) == "hopper":
             from .hopper_grads import HopperBackward, fill_gradients  # as in `triton_fwd.py`
 
-            d_out = d_out if configs.copy_engine_takes(d_out) else d_out.contiguous()
+            d_out = d_out if copy_engine_takes(d_out) else d_out.contiguous()
             factor = score_factors(scale)[1]
             hopper = HopperBackward(
                 tuple(inputs), d_out, height, width, num_prefix, limit, factor, scale

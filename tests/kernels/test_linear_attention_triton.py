@@ -33,7 +33,9 @@ def inputs_of(shape, dtype=torch.float32, num_keys=None, value_dim=None, mean=0.
 
 
 def compare(tensors, d_out, way, splits=2, **options):
-    with pinned(splits=splits, fwd_way=way, bwd_way=way):
+    # The quadratic order has no backward pass: that takes the way it would take by itself.
+    pins = {"fwd_way": way} if way == "quadratic" else {"fwd_way": way, "bwd_way": way}
+    with pinned(splits=splits, **pins):
         assert_three_way(
             lambda *x: linear_attention(*x, impl="triton", **options),
             lambda *x: linear_attention(*x, impl="reference", **options),
@@ -43,7 +45,7 @@ def compare(tensors, d_out, way, splits=2, **options):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "quadratic"])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_every_member_every_way(way, feature_map, normalizer):
@@ -78,6 +80,38 @@ def test_wide_heads(dims):
     compare(tensors, d_out, "wide")
 
 
+def compare_quadratic(tensors, **options):
+    """The output alone, the same bits twice: the backward pass is that of the linear order."""
+    exact = linear_attention(*(x.double() for x in tensors), **options)
+    plain = linear_attention(*tensors, impl="reference", **options)
+    with pinned(fwd_way="quadratic"):
+        out, again = (linear_attention(*tensors, impl="triton", **options) for _ in range(2))
+    assert torch.equal(out, again)
+    allowed = 2 * (plain - exact).abs().max() + torch.finfo(out.dtype).eps * exact.abs().max()
+    assert (out - exact).abs().max() <= allowed
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("num_keys", [1, 17, 49, 197, 256])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("normalizer", ["ratio", "none"])
+def test_quadratic_order(num_keys, feature_map, normalizer):
+    (q, k, v), _ = inputs_of((1, 21, 2, 24), num_keys=num_keys, value_dim=40, mean=0.5)
+    if normalizer == "ratio" and feature_map == "identity":
+        q, k = q.abs(), k.abs()
+    options = {"feature_map": feature_map, "normalizer": normalizer, "scale": 0.3, "eps": 1e-2}
+    compare_quadratic([q, k, v], **options)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape", [(2, 17, 2, 192), (1, 49, 1, 288), (1, 197, 2, 72)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_quadratic_order_of_a_fused_projection(shape, dtype):
+    tensors, _ = inputs_of(shape, dtype)
+    tensors[0][:, :3] = -tensors[0][:, :3].abs()  # queries without features
+    compare_quadratic(tensors)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_large_means_keep_their_digits(way):
     (q, k, v), _ = inputs_of((1, 70, 1, 16))
@@ -94,7 +128,7 @@ def test_float16_sums_beyond_its_range():
     (q, k, v), d_out = inputs_of((1, 40, 1, 16), torch.float16)
     q[:, :3] = -q[:, :3].abs()
     tensors = [q, k.abs() * 500, v + 200]
-    for way in ("fused", "split", "wide"):
+    for way in (*WAYS, "quadratic"):
         compare(tensors, d_out, way)
 
 
@@ -266,7 +300,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def test_shapes_on_gpu(length, width, dtype):
     tensors, d_out = inputs_of((2, length, 2, width), dtype)
     for normalizer in ("ratio", "covariance"):
-        for way in WAYS if width <= 128 else WAYS[2:]:
+        for way in (*(WAYS if width <= 128 else WAYS[2:]), "quadratic"):
             compare(tensors, d_out, way, normalizer=normalizer)
 
 
