@@ -117,6 +117,15 @@ BWD_DKV_WIDE: Table = {
     (0, 4, 320): Launch(16, 8, 1, 16),
     (90, 2, 320): Launch(64, 8, 3),
 }
+BWD_QUADRATIC_QUERIES: Table = {
+    (0, 2, 128): Launch(64, 4, 1),
+    (0, 2, 320): Launch(64, 8, 1, 32),
+    (0, 4, 128): Launch(32, 4, 1, 32),
+    (0, 4, 320): Launch(16, 8, 1, 16),
+}
+BWD_QUADRATIC_KEYS: Table = BWD_QUADRATIC_QUERIES
+BWD_QUADRATIC_HOPPER: Table = FWD_QUADRATIC_HOPPER
+BWD_QUADRATIC_HOPPER_TOGETHER: Table = {(90, 2, 128): Launch(64, 4, 2)}
 TABLES: dict[str, Table] = {
     "fwd_fused": FWD_FUSED,
     "fwd_moments": FWD_MOMENTS,
@@ -128,6 +137,11 @@ TABLES: dict[str, Table] = {
     "bwd_queries": BWD_QUERIES,
     "bwd_queries_keys_first": BWD_QUERIES_KEYS_FIRST,
     "bwd_keys": BWD_KEYS,
+    "bwd_quadratic_queries": BWD_QUADRATIC_QUERIES,
+    "bwd_quadratic_keys": BWD_QUADRATIC_KEYS,
+    "bwd_quadratic_hopper_queries": BWD_QUADRATIC_HOPPER,
+    "bwd_quadratic_hopper_keys": BWD_QUADRATIC_HOPPER,
+    "bwd_quadratic_hopper_together": BWD_QUADRATIC_HOPPER_TOGETHER,
     "bwd_dq_wide": BWD_DQ_WIDE,
     "bwd_dkv_wide": BWD_DKV_WIDE,
 }
@@ -217,16 +231,23 @@ _QUADRATIC: dict[tuple[str, str], tuple[tuple[int, int, int], ...]] = {
 }
 
 
-def quadratic_kernel(query: Tensor, key: Tensor, value: Tensor) -> str:
-    """hopper: the kernel for the copy engine and the tensor cores of one architecture; general."""
+def quadratic_kernel(query: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> str:
+    """hopper: the kernel for the copy engine and the tensor cores of one architecture; general.
+
+    `others` are what else the kernel reads."""
     hopper = (
         architecture(query.get_device()) == 90
         and query.dtype == torch.bfloat16
         and query.shape[3] == value.shape[3]
-        and all(x.shape[3] % 8 == 0 and copy_engine_takes(x) for x in (query, key, value))
+        and all(x.shape[3] % 8 == 0 and copy_engine_takes(x) for x in (query, key, value, *others))
         and knows_gluon()
     )
     return pin_or("quadratic_kernel", "hopper" if hopper else "general")
+
+
+def quadratic_together(head_dim: int) -> bool:
+    """Whether the gradients of a key and its value fit into the registers of one program."""
+    return pin_or("quadratic_together", head_dim <= 128)
 
 
 def _is_quadratic(name: str, query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -240,7 +261,8 @@ def _is_quadratic(name: str, query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def way_of(name: str, query: Tensor, key: Tensor, value: Tensor, normalizer: str) -> str:
     """fused: one program a head; split: ranges of tokens around a state that a program can keep;
-    wide: around one that it cannot; quadratic: no state, but no covariance either.
+    wide: around one that it cannot; quadratic: no state, but neither a covariance nor gradients of
+    float16.
 
     `name` is fwd or bwd.
     """
@@ -259,7 +281,9 @@ def way_of(name: str, query: Tensor, key: Tensor, value: Tensor, normalizer: str
     linear = "fused" if short and width <= widest else around_a_state
     chosen = "quadratic" if _is_quadratic(name, query, key, value) else linear
     way = pin_or(f"{name}_way", chosen)
-    return linear if way == "quadratic" and normalizer == "covariance" else way
+    # float16 shifts its values in the backward pass, which takes sums over them all.
+    only_linear = normalizer == "covariance" or (name == "bwd" and query.dtype == torch.float16)
+    return linear if way == "quadratic" and only_linear else way
 
 
 def splits_of(tokens: int, programs: int, tensor: Tensor, launch: Launch) -> tuple[int, int]:

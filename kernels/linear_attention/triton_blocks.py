@@ -467,3 +467,12 @@ def rows_times_state(
             )
             y1 = tl.dot(x, w1.to(DTYPE), y1, input_precision=PRECISION)
     return y0, y1, total
+
+
+@triton.jit
+def transposed(x, WIDTH: tl.constexpr):
+    """The transpose of a block of the state; an absent one is a scalar and stays."""
+    y = x
+    if WIDTH > 0:
+        y = tl.trans(x)
+    return y

@@ -44,20 +44,13 @@ from .triton_blocks import (
     store_tile,
     store_vectors,
     sum_rows,
+    transposed,
     value_shifts_of,
 )
 from .triton_bwd_wide import key_side_wide, query_side_wide
 from .triton_keys_first import moments_keys_first, query_sweep_keys_first
+from .triton_quadratic_bwd import backward_quadratic
 from .triton_state import State, empty_parts, forward_state, reduce_parts
-
-
-@triton.jit
-def _transposed(x, WIDTH: tl.constexpr):
-    """The transpose of a block of the state; an absent one is a scalar and stays."""
-    y = x
-    if WIDTH > 0:
-        y = tl.trans(x)
-    return y
 
 
 @triton.jit
@@ -168,7 +161,7 @@ def _key_sweep(
         if E1 > 0:
             v1 = v1.to(DTYPE)
         dk0 = rows_times_rows(v0, v1, d00, d10, E1, PRECISION)
-        dv0 = rows_times_rows(f0, f1, tl.trans(d00), _transposed(d01, D1), D1, PRECISION)
+        dv0 = rows_times_rows(f0, f1, tl.trans(d00), transposed(d01, D1), D1, PRECISION)
         if RATIO:
             dk0 += dz0[None, :]
         if CENTRED:
@@ -181,7 +174,7 @@ def _key_sweep(
                 dk1 += dz1[None, :]
             store_tile(p_dk, o_dk, m_n, D0, feature_grad(k1, dk1, FEATURE), D, D1)
         if E1 > 0:
-            dv1 = rows_times_rows(f0, f1, tl.trans(d10), _transposed(d11, D1), D1, PRECISION)
+            dv1 = rows_times_rows(f0, f1, tl.trans(d10), transposed(d11, D1), D1, PRECISION)
             if CENTRED:
                 dv1 += b1[None, :]
             store_tile(p_dv, o_dv, m_n, E0, dv1, E, E1)
@@ -490,6 +483,9 @@ def linear_attention_bwd(
         way, fused = _PLANS((d_out, query, key, value), *options)
         if fused is not None:
             fused(d_out, query, key, value, dq, dk, dv)
+            return dq, dk, dv
+        if way == "quadratic":
+            backward_quadratic((d_out, query, key, value), (dq, dk, dv), *options)
             return dq, dk, dv
         query_side = query_side_wide if way == "wide" else _query_side
         key_side = key_side_wide if way == "wide" else _key_side

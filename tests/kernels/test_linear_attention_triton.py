@@ -10,13 +10,15 @@ from torch.utils.checkpoint import checkpoint
 
 from kernel_checks import DEVICE, assert_three_way, on_gpu_or_interpreted, poisoned, results
 from lintra.kernels import linear_attention
+from lintra.kernels._common.launch import architecture
 from lintra.kernels._common.pinning import pinned
 from lintra.kernels.linear_attention.reference import FEATURE_MAPS, NORMALIZERS
 
 pytestmark = on_gpu_or_interpreted
 __all__ = ["poisoned"]
 
-WAYS = ["fused", "split", "wide"]
+# A covariance, and gradients of float16, take the linear order also where quadratic is pinned.
+WAYS = ["fused", "split", "wide", "quadratic"]
 
 
 def inputs_of(shape, dtype=torch.float32, num_keys=None, value_dim=None, mean=0.0):
@@ -33,9 +35,7 @@ def inputs_of(shape, dtype=torch.float32, num_keys=None, value_dim=None, mean=0.
 
 
 def compare(tensors, d_out, way, splits=2, **options):
-    # The quadratic order has no backward pass: that takes the way it would take by itself.
-    pins = {"fwd_way": way} if way == "quadratic" else {"fwd_way": way, "bwd_way": way}
-    with pinned(splits=splits, **pins):
+    with pinned(splits=splits, fwd_way=way, bwd_way=way):
         assert_three_way(
             lambda *x: linear_attention(*x, impl="triton", **options),
             lambda *x: linear_attention(*x, impl="reference", **options),
@@ -45,7 +45,7 @@ def compare(tensors, d_out, way, splits=2, **options):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("way", [*WAYS, "quadratic"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_every_member_every_way(way, feature_map, normalizer):
@@ -80,36 +80,25 @@ def test_wide_heads(dims):
     compare(tensors, d_out, "wide")
 
 
-def compare_quadratic(tensors, **options):
-    """The output alone, the same bits twice: the backward pass is that of the linear order."""
-    exact = linear_attention(*(x.double() for x in tensors), **options)
-    plain = linear_attention(*tensors, impl="reference", **options)
-    with pinned(fwd_way="quadratic"):
-        out, again = (linear_attention(*tensors, impl="triton", **options) for _ in range(2))
-    assert torch.equal(out, again)
-    allowed = 2 * (plain - exact).abs().max() + torch.finfo(out.dtype).eps * exact.abs().max()
-    assert (out - exact).abs().max() <= allowed
-
-
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("num_keys", [1, 17, 49, 197, 256])
+@pytest.mark.parametrize(("length", "num_keys"), [(21, 1), (1, 17), (49, 49), (21, 197), (256, 17)])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize("normalizer", ["ratio", "none"])
-def test_quadratic_order(num_keys, feature_map, normalizer):
-    (q, k, v), _ = inputs_of((1, 21, 2, 24), num_keys=num_keys, value_dim=40, mean=0.5)
+def test_quadratic_order(length, num_keys, feature_map, normalizer):
+    (q, k, v), d_out = inputs_of((1, length, 2, 24), num_keys=num_keys, value_dim=40, mean=0.5)
     if normalizer == "ratio" and feature_map == "identity":
         q, k = q.abs(), k.abs()
     options = {"feature_map": feature_map, "normalizer": normalizer, "scale": 0.3, "eps": 1e-2}
-    compare_quadratic([q, k, v], **options)
+    compare([q, k, v], d_out, "quadratic", **options)
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("shape", [(2, 17, 2, 192), (1, 49, 1, 288), (1, 197, 2, 72)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 17, 2, 192), (1, 49, 1, 288), (1, 197, 1, 72)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_quadratic_order_of_a_fused_projection(shape, dtype):
-    tensors, _ = inputs_of(shape, dtype)
+    tensors, d_out = inputs_of(shape, dtype)
     tensors[0][:, :3] = -tensors[0][:, :3].abs()  # queries without features
-    compare_quadratic(tensors)
+    compare(tensors, d_out, "quadratic")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -128,7 +117,7 @@ def test_float16_sums_beyond_its_range():
     (q, k, v), d_out = inputs_of((1, 40, 1, 16), torch.float16)
     q[:, :3] = -q[:, :3].abs()
     tensors = [q, k.abs() * 500, v + 200]
-    for way in (*WAYS, "quadratic"):
+    for way in WAYS:
         compare(tensors, d_out, way)
 
 
@@ -150,9 +139,10 @@ def test_any_strides():
     compare(strange, d_out[:1].expand(2, -1, -1, -1), "fused")
 
 
-def test_same_bits_twice():
-    tensors, d_out = inputs_of((1, 130, 2, 16))
-    with pinned(splits=3, fwd_way="split", bwd_way="split"):
+@pytest.mark.parametrize("way", ["split", "quadratic"])
+def test_same_bits_twice(way):
+    tensors, d_out = inputs_of((1, 70, 2, 16))
+    with pinned(splits=2, fwd_way=way, bwd_way=way):
         first, second = (
             results(lambda *x: linear_attention(*x, impl="triton"), tensors, d_out)
             for _ in range(2)
@@ -300,7 +290,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def test_shapes_on_gpu(length, width, dtype):
     tensors, d_out = inputs_of((2, length, 2, width), dtype)
     for normalizer in ("ratio", "covariance"):
-        for way in (*(WAYS if width <= 128 else WAYS[2:]), "quadratic"):
+        for way in WAYS if width <= 128 else WAYS[2:]:
             compare(tensors, d_out, way, normalizer=normalizer)
 
 
@@ -356,3 +346,31 @@ def test_cuda_graph_replays():
     tensors[0].copy_(torch.randn_like(tensors[0]))
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("kernel", ["hopper", "general"])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize(
+    "shape", [(2, 256, 256, 192), (1, 49, 197, 288), (2, 197, 65, 72), (1, 1, 17, 64)], ids=str
+)
+def test_quadratic_gradients_on_gpu(shape, feature_map, kernel):
+    from lintra.kernels.linear_attention.triton_bwd import linear_attention_bwd  # needs triton
+
+    if kernel == "hopper" and architecture(0) != 90:
+        pytest.skip("needs a GPU of compute capability 9.0")
+    batch, length, num_keys, dim = shape
+    (q, k, v), d_out = inputs_of((batch, length, 2, dim), torch.bfloat16, num_keys, dim)
+    normalizer = "none" if feature_map == "identity" else "ratio"
+    options = {"feature_map": feature_map, "normalizer": normalizer, "scale": 0.3, "eps": 1e-6}
+    exact = results(
+        lambda *x: linear_attention(*x, **options), [x.double() for x in (q, k, v)], d_out.double()
+    )
+    # Not through autograd, which runs CUDA's backward in a thread that knows no pins.
+    with pinned(bwd_way="quadratic", quadratic_kernel=kernel):
+        first, second = (linear_attention_bwd(d_out, q, k, v, *options.values()) for _ in range(2))
+    for place, (got, again, true) in enumerate(zip(first, second, exact[1:], strict=True)):
+        assert torch.equal(got, again)
+        error = (got.double() - true).abs().max()
+        assert error <= 4 * torch.finfo(torch.bfloat16).eps * true.abs().max(), place
