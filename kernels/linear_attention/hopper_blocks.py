@@ -150,18 +150,21 @@ def feature_grad(x, d_phi, FEATURE: gl.constexpr):
 
 
 @gluon.jit
-def of_tokens(p, STEP: gl.constexpr, LAYOUT: gl.constexpr):
-    """One number a token, for the columns of a tile in LAYOUT."""
-    return gl.load(p + gl.arange(0, STEP, gl.SliceLayout(0, LAYOUT)))
+def of_tokens(p, STEP: gl.constexpr, WARPS: gl.constexpr):
+    """One number a token. Each warp holds all of them, a lane two at most, so that they may wait
+    for their use beside sums that take most registers."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([max(1, STEP // 32)], [32], [WARPS], [0])
+    return gl.load(p + gl.arange(0, STEP, LAYOUT))
 
 
 @gluon.jit
 def weigh(s, w, c, WEIGHED: gl.constexpr, LESS: gl.constexpr):
     """s w - c, of the columns; s w unless LESS, s unless WEIGHED."""
-    if LESS:
-        s = s * w[None, :] - c[None, :]
-    elif WEIGHED:
-        s = s * w[None, :]
+    if WEIGHED:
+        COLUMNS: gl.constexpr = gl.SliceLayout(0, s.type.layout)
+        s = s * gl.convert_layout(w, COLUMNS)[None, :]
+        if LESS:
+            s = s - gl.convert_layout(c, COLUMNS)[None, :]
     return s
 
 

@@ -97,7 +97,7 @@ def _finish_query(
         through += gl.convert_layout(gl.sum(f1 * y1, 1), gl.SliceLayout(1, L0))
     o_m = first + gl.arange(0, BLOCK, gl.SliceLayout(1, L0))
     w = gl.where(o_m < num_queries, scale / (scale * total + eps), 0.0)
-    c = w * w * through
+    c = w * (w * through)
     gl.store(p_w + o_m, w)
     gl.store(p_c + o_m, c)
     # Beyond the barrier x and z are read again: registers would not hold them beside t.
@@ -161,8 +161,8 @@ def _gradient(
 
     none = gl.zeros([BLOCK, STEP], gl.float32, S_LAYOUT)
     if WEIGHED:
-        w = of_tokens(p_w, STEP, S_LAYOUT)
-        c = of_tokens(p_c, STEP, S_LAYOUT)
+        w = of_tokens(p_w, STEP, WARPS)
+        c = of_tokens(p_c, STEP, WARPS)
     mbarrier.wait(a_full, 0)
     mbarrier.wait(b_full.index(0), 0)
     if FEATURES_FIRST:
@@ -193,8 +193,8 @@ def _gradient(
         old = slot
         slot, phase = advance(slot, phase, STAGES)
         if WEIGHED:
-            w = of_tokens(p_w + t * STEP, STEP, S_LAYOUT)
-            c = of_tokens(p_c + t * STEP, STEP, S_LAYOUT)
+            w = of_tokens(p_w + t * STEP, STEP, WARPS)
+            c = of_tokens(p_c + t * STEP, STEP, WARPS)
         b0, b1 = b0_s.index(slot), b1_s.index(slot)
         mbarrier.wait(b_full.index(slot), phase)
         if FEATURES_FIRST:

@@ -72,8 +72,8 @@ def linear_attention_bwd_quadratic_together_hopper_kernel(
     none = gl.zeros([BLOCK, STEP], gl.float32, S_LAYOUT)
     w, c = 0.0, 0.0
     if RATIO:
-        w = of_tokens(p_w, STEP, S_LAYOUT)
-        c = of_tokens(p_c, STEP, S_LAYOUT)
+        w = of_tokens(p_w, STEP, WARPS)
+        c = of_tokens(p_c, STEP, WARPS)
     mbarrier.wait(k_full, 0)
     activate(k0_s, k1_s, D, D0, D1, WARPS, FEATURE)
     mbarrier.wait(v_full, 0)
@@ -93,8 +93,8 @@ def linear_attention_bwd_quadratic_together_hopper_kernel(
         old = slot
         slot, phase = advance(slot, phase, STAGES)
         if RATIO:
-            w = of_tokens(p_w + t * STEP, STEP, S_LAYOUT)
-            c = of_tokens(p_c + t * STEP, STEP, S_LAYOUT)
+            w = of_tokens(p_w + t * STEP, STEP, WARPS)
+            c = of_tokens(p_c + t * STEP, STEP, WARPS)
         mbarrier.wait(g_full.index(slot), phase)
         p = scores(v0_s, v1_s, g0_s.index(slot), g1_s.index(slot), none, D1)
         mbarrier.wait(q_full.index(slot), phase)

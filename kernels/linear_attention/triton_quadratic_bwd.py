@@ -133,7 +133,7 @@ def _linear_attention_bwd_quadratic_queries_kernel(
             f1 = feature(q1, FEATURE)
         total = rows_dot_vector(f0, f1, z0, z1, D1)
         w = tl.where(m_m, scale / (scale * total + eps), 0.0)
-        c = w * w * row_dot(f0, f1, t0, t1, D1)
+        c = w * (w * row_dot(f0, f1, t0, t1, D1))
         t0 = t0 * w[:, None] - c[:, None] * z0[None, :]
         if D1 > 0:
             t1 = t1 * w[:, None] - c[:, None] * z1[None, :]
