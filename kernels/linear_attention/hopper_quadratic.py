@@ -26,6 +26,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .._common.launch import ceil_div
 from . import configs
 
+# Triton 3.6 calls it thread_barrier.
+thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
 
 @gluon.jit
 def _feature(
@@ -61,7 +64,7 @@ def _activate(
             t1.store(_feature(t1, D0, D, D1, WARPS, FEATURE))
         t0.store(x0)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
 
 
 @gluon.jit
@@ -117,7 +120,7 @@ def _store(desc, place, tile, y, gains, LAYOUT: gl.constexpr):
     y = y * gl.convert_layout(gains, gl.SliceLayout(1, LAYOUT))[:, None]
     tile.store(y.to(desc.dtype))
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     shape: gl.constexpr = desc.block_type.shape
     tma.async_copy_shared_to_global(desc, place, tile._reinterpret(desc.dtype, shape, desc.layout))
 
@@ -158,7 +161,7 @@ def _linear_attention_fwd_quadratic_hopper_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-    gl.thread_barrier()
+    thread_barrier()
 
     row = gl.program_id(0) // tiles
     first = gl.program_id(0) % tiles * BLOCK
@@ -185,7 +188,7 @@ def _linear_attention_fwd_quadratic_hopper_kernel(
     s = _scores(q0_s, q1_s, k0_s.index(0), k1_s.index(0), none, D1)
     s = warpgroup_mma_wait(0, deps=[s])
     if count > STAGES:
-        gl.thread_barrier()
+        thread_barrier()
         _load(
             k0_d, k1_d, k0_s.index(0), k1_s.index(0), k_full.index(0),
             batch, head, STAGES * STEP, True, D0, D1,
@@ -211,7 +214,7 @@ def _linear_attention_fwd_quadratic_hopper_kernel(
         token = (t - 1 + STAGES) * STEP
         if token < num_keys:
             # All warps have read the values of the tile before, and these keys.
-            gl.thread_barrier()
+            thread_barrier()
             _load(
                 v0_d, v1_d, v0_s.index(old), v1_s.index(old), v_full.index(old),
                 batch, head, token, True, D0, D1,
@@ -232,7 +235,7 @@ def _linear_attention_fwd_quadratic_hopper_kernel(
     y0, y1 = _add_values(s, v0_s.index(slot), v1_s.index(slot), y0, y1, Y0_LAYOUT, Y1_LAYOUT, DTYPE)
     y0, y1 = _await(y0, y1, D1 > 0)
     # The output takes the place of the queries, which nobody reads any more.
-    gl.thread_barrier()
+    thread_barrier()
     _store(o0_d, [batch, head, first, 0], q0_s, y0, gains, Y0_LAYOUT)
     if D1 > 0:
         _store(o1_d, [batch, head, first, D0], q1_s, y1, gains, Y1_LAYOUT)

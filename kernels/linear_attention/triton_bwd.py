@@ -28,6 +28,7 @@ from .triton_blocks import (
     empty_moments,
     feature_grad,
     fold_gains,
+    folds,
     gain_rows,
     load_features,
     load_state,
@@ -54,10 +55,7 @@ from .triton_state import State, empty_parts, forward_state, reduce_parts
 @triton.jit
 def _transposed(x, WIDTH: tl.constexpr):
     """The transpose of a block of the state; an absent one is a scalar and stays."""
-    y = x
-    if WIDTH > 0:
-        y = tl.trans(x)
-    return y
+    return tl.trans(x) if WIDTH > 0 else x
 
 
 @triton.jit
@@ -73,7 +71,7 @@ def _query_sweep(
     and, with SUM_V, of sum do."""
     DTYPE: tl.constexpr = tl.float32 if WIDE else p_q.dtype.element_ty
     PRECISION: tl.constexpr = "tf32" if WIDE else "ieee"
-    FOLD: tl.constexpr = RATIO and E1 > 0 and E0 + E1 >= E + 2
+    FOLD: tl.constexpr = folds(RATIO, E, E0, E1, p_q.dtype.element_ty)
     OWN: tl.constexpr = RATIO and not FOLD
     d00, d01, d10, d11, dz0, dz1, b0, b1 = empty_moments(D0, D1, E0, E1, OWN, SUM_V)
     for m in range(start, stop, BLOCK):
@@ -306,7 +304,7 @@ def _linear_attention_bwd_fused_kernel(
     RATIO: tl.constexpr = NORMALIZER == "ratio"
     CENTRED: tl.constexpr = NORMALIZER == "covariance"
     SHIFTED: tl.constexpr = RATIO and WIDE
-    FOLD: tl.constexpr = (RATIO or CENTRED) and E1 > 0 and E0 + E1 >= E + 2
+    FOLD: tl.constexpr = folds(RATIO or CENTRED, E, E0, E1, p_q.dtype.element_ty)
     DTYPE: tl.constexpr = tl.float32 if WIDE else p_q.dtype.element_ty
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)

@@ -13,6 +13,7 @@ from .._common.plans import Plans
 from . import configs
 from .triton_blocks import (
     centre,
+    folds,
     load_vector,
     moments,
     scale_cast,
@@ -43,7 +44,7 @@ def _linear_attention_fwd_moments_kernel(
     kernel writes them. Else, or if SHIFTED, the first split also writes the shifts; the first block
     writes z."""
     BLOCKS: tl.constexpr = (E + EB - 1) // EB
-    FOLD: tl.constexpr = SUM_K and E == EB and E1 > 0 and E0 + E1 >= E + 2
+    FOLD: tl.constexpr = folds(SUM_K and E == EB, E, E0, E1, p_k.dtype.element_ty)
     row = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
     split = tl.program_id(1)
