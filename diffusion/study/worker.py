@@ -10,7 +10,8 @@ import torch
 from ..training.checkpoint import checkpoint_step, list_checkpoints
 from ..training.loop import RECIPE_FILE, Trainer
 from .config import Study
-from .measure import quality, speeds
+from .measure import quality
+from .speed import speeds
 
 SPEED_FILE = "speed.json"
 

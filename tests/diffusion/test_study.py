@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from lintra.diffusion import load_pipeline
-from lintra.diffusion.study import measure
-from lintra.diffusion.study.config import TEACHER, Arm, Evaluation, Study, check_study
+from lintra.diffusion.study import speed
+from lintra.diffusion.study.config import TEACHER, Arm, Study, check_study
+from lintra.diffusion.study.evaluation import Evaluation
 from lintra.diffusion.study.pack import pack_study, unpack_study
 from lintra.diffusion.study.report import TABLE_FILES, rows_of, write_report
 from lintra.diffusion.study.scheduler import progress_of, run_all
@@ -38,7 +39,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """A study whose runs are all finished."""
     study = make_study(tmp_path_factory.mktemp("done"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "_SPEED_SECONDS", 0.01)
+        patch.setattr(speed, "_SPEED_SECONDS", 0.01)
         for run in study.runs:
             assert train_and_measure(study, run) is None
         measure_speed(study, compiled=False)
@@ -269,7 +270,7 @@ def test_wrong_studies(changes: dict, message: str, tmp_path: Path) -> None:
 
 
 def test_wrong_fields(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`arms.lengths` must be positive and rising, got"):
+    with pytest.raises(ValueError, match="`arms.lengths` must be positive and rising, or only 0"):
         Arm(title="", lengths=[0.4, 0.2])
     with pytest.raises(ValueError, match=r"`arms.donor_length` must be in \(0, 1\], got 2"):
         Arm(title="", lengths=[0.4], donor_length=2)
