@@ -51,15 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     words = list(sys.argv[1:] if argv is None else argv)
     options, overrides = _parser().parse_known_args(words)
-    study = parse_study(["--config", options.config, *overrides], _PROG, "")
-    same = [
-        sys.executable,
-        "-m",
-        "lintra.tools.diffusion_study",
-        "--config",
-        options.config,
-        *overrides,
-    ]
+    # What defines the results; other options say how much is done, and where it is written.
+    defining = ["--config", options.config, *overrides]
+    study = parse_study(defining, _PROG, "")
+    same = [sys.executable, "-m", "lintra.tools.diffusion_study", *defining]
     if options.run is not None:
         signum = train_and_measure(study, options.run)
         return 0 if signum is None else _SIGNAL_EXIT + signum
@@ -83,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if options.speed:
         measure_speed(study, compiled=True)
-    table = write_report(study, f"{_PROG} {shlex.join(words)}", outcome.failed, options.table)
+    table = write_report(study, f"{_PROG} {shlex.join(defining)}", outcome.failed, options.table)
     print(f"\n{table}\nresults: {study.output_dir}", flush=True)
     if options.pack is not None:
         parts = pack_study(study, options.pack, limit=int(options.pack_limit * 1e6))

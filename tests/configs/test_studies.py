@@ -103,8 +103,10 @@ def test_the_arms_of_the_clear_study(tmp_path: Path) -> None:
     assert radii["r4_linearised"] == radii["r4"] == 4
     assert {radii[arm] for arm in ("linearised", "flow", "output", "attention", "lora")} == {3}
     steps = {arm: study.steps(arm) for arm in study.arms}
-    assert {arm for arm in steps if steps[arm] == [0]} == {a for a in steps if "linearised" in a}
-    assert {str(steps[arm]) for arm in steps if "linearised" not in arm} == {"[800]"}
+    untrained = {arm for arm in steps if steps[arm] == [0]}
+    assert untrained == {"whole", *(arm for arm in steps if "linearised" in arm)}
+    assert {str(steps[arm]) for arm in steps.keys() - untrained} == {"[1000]"}
+    assert radii["whole"] ** 2 > 2 * 15**2
     # The grid of the teacher: 64 pixels, 2 to a latent, 2 latents to a token.
     teacher = study.recipe(TEACHER)
     assert teacher.model.config["in_channels"] == 3 * 4 * 4
