@@ -117,8 +117,9 @@ def _notes(study: Study, rows: list[Row]) -> list[str]:
         guidance = f"classifier-free guidance {options.guidance_scale:g}"
     notes = [
         f"{first['num_images']} samples each from the same noise, {sampler},"
-        f" {options.num_inference_steps} steps, {guidance}. Frechet distance: to the photographs;"
-        f" class accuracy of these {first['real_accuracy']:.3f}. Features: {first['space']}."
+        f" {options.num_inference_steps} steps, {guidance}. Frechet distance: to the"
+        f" training images; class accuracy of these {first['real_accuracy']:.3f}."
+        f" Features: {first['space']}."
     ]
     compared = _json(result_file(study, TEACHER, study.steps(TEACHER)[-1])).get("teacher")
     if compared is not None:

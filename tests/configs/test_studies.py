@@ -112,6 +112,9 @@ def test_the_arms_of_the_clear_study(tmp_path: Path) -> None:
     assert teacher.model.config["in_channels"] == 3 * 4 * 4
     assert sum(teacher.model.config["axes_dims_rope"]) == 64
     assert teacher.data.in_memory
+    doubles, singles = (teacher.model.config[f"num_{kind}layers"] for kind in ("", "single_"))
+    layers = [*range(doubles, doubles + singles)]
+    assert all(recipe.model.attention_layers == layers for recipe in recipes.values())
     assert recipes["lora"].model.learns == "lora"
 
 

@@ -22,6 +22,7 @@ from lintra.diffusion.study.pack import pack_study, unpack_study
 from lintra.diffusion.study.report import TABLE_FILES, rows_of, write_report
 from lintra.diffusion.study.scheduler import progress_of, run_all
 from lintra.diffusion.study.worker import (
+    forget_copies,
     is_finished,
     is_trained,
     measure_speed,
@@ -204,8 +205,10 @@ if kind == "endless":
     signal.signal(signal.SIGTERM, lambda *_: (Path(folder, run, "stopped").touch(), sys.exit(143)))
     Path(folder, run, "running").touch()
     time.sleep(100)
-Path(folder, run, "pipeline").mkdir()
-Path(folder, run, "pipeline-4").mkdir()
+Path(folder, run, "pipeline").mkdir(exist_ok=True)
+Path(folder, run, "pipeline-4").mkdir(exist_ok=True)
+record = '{"training": {"max_train_steps": 8}}'  # the teacher's
+Path(folder, run, "pipeline", "recipe.json").write_text(record)
 for file in files:
     Path(file).write_text("{}")
 """
@@ -234,6 +237,25 @@ def test_runs_wait_for_their_teacher_and_a_crash_stops_no_other(tmp_path: Path) 
     assert any("hybrid FAILED, see" in event for event in events)
     again = run_all(study, fake(study, {}).__getitem__, say=lines.append)
     assert (again.unfinished, again.failed) == ([], {})
+
+
+def test_a_teacher_of_fewer_steps_does_not_serve(tmp_path: Path) -> None:
+    """Its students wait for the one that is asked for now, and copies of it are forgotten."""
+    arms = {**ARMS, "copy": Arm(title="copy", lengths=[0])}
+    study, lines = make_study(tmp_path, arms=arms), []
+    short = replace(study, teacher_steps=4)
+    for run in (TEACHER, "copy"):
+        (study.folder(run) / "pipeline").mkdir(parents=True)
+    record = {"training": {"max_train_steps": 4}}
+    (study.folder(TEACHER) / "pipeline" / "recipe.json").write_text(json.dumps(record))
+    result_file(study, "copy", 0).write_text("{}")
+    forget_copies(short)
+    assert is_finished(study, "copy")
+    commands = fake(study, {})
+    assert run_all(study, commands.__getitem__, parallel=3, say=lines.append).unfinished == []
+    events = [line.split(" s: ")[1] for line in lines]
+    assert events[:2] == ["teacher started", "scratch started"]
+    assert events.index("teacher finished") < events.index("copy started")
 
 
 def test_time_that_is_up_stops_all_politely(tmp_path: Path, monkeypatch) -> None:
