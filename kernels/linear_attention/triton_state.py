@@ -157,7 +157,7 @@ def _linear_attention_fwd_reduce_kernel(
 
 
 class State(NamedTuple):
-    """What a sweep over tokens leaves of a head, (B * H, ...): E x D, D and E numbers."""
+    """What a sweep over tokens leaves of a head: (B * H, E, D), and rows of B * H times D and E."""
 
     matrix: Tensor
     key_row: Tensor
@@ -165,7 +165,7 @@ class State(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Unfinished states, (splits, B * H, ...), and the shifts that their sums are around."""
+    """Unfinished states, (splits, B * H, E, D) and rows; the shifts that their sums are around."""
 
     matrix: Tensor
     key_row: Tensor
@@ -174,20 +174,23 @@ class Parts(NamedTuple):
     value_shift: Tensor
 
 
+def _pieces(like: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+    """Float32 vectors of these sizes, or a few numbers longer: one allocation, each piece aligned;
+    the host would wait longer for several."""
+    sizes = tuple(-(-size // 4) * 4 for size in sizes)
+    return empty(sum(sizes), like=like, dtype=torch.float32).split(sizes)
+
+
 def empty_state(rows: int, head_dim: int, value_dim: int, like: Tensor) -> State:
-    return State(
-        empty(rows, value_dim, head_dim, like=like, dtype=configs.state_dtype(like.dtype)),
-        empty(rows, head_dim, like=like, dtype=torch.float32),
-        empty(rows, value_dim, like=like, dtype=torch.float32),
-    )
+    dtype = configs.state_dtype(like.dtype)
+    matrix = empty(rows, value_dim, head_dim, like=like, dtype=dtype)
+    return State(matrix, *_pieces(like, rows * head_dim, rows * value_dim))
 
 
 def empty_parts(splits: int, rows: int, head_dim: int, value_dim: int, like: Tensor) -> Parts:
-    shapes = (
-        (splits, rows, value_dim, head_dim), (splits, rows, head_dim), (splits, rows, value_dim),
-        (rows, head_dim), (rows, value_dim),
-    )  # fmt: skip
-    return Parts(*(empty(*shape, like=like, dtype=torch.float32) for shape in shapes))
+    matrix = empty(splits, rows, value_dim, head_dim, like=like, dtype=torch.float32)
+    keys, values = rows * head_dim, rows * value_dim
+    return Parts(matrix, *_pieces(like, splits * keys, splits * values, keys, values))
 
 
 def _plan_reduce(
