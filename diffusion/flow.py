@@ -61,12 +61,12 @@ class FlowProcess:
         return self
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Levels ``(count,)`` float32, on the CPU."""
+        """Levels ``(count,)`` float32, on the generator's device."""
         share = compute_density_for_timestep_sampling(
             self._scheme, count, **self._density, device=generator.device, generator=generator
-        ).cpu()
+        )
         last = len(self._sigmas) - 1
-        return self._sigmas[(share * len(self._sigmas)).long().clamp(0, last)]
+        return self._sigmas.to(share.device)[(share * len(self._sigmas)).long().clamp(0, last)]
 
     def add_noise(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """x_t of x_0 = `clean` and unit normal `noise`, all ``(B, C, H, W)``; `sigma` ``(B,)``."""

@@ -1,15 +1,18 @@
-"""Sampling images of given classes from a class-conditional pipeline."""
+"""Sampling images of given classes or embedded prompts, each from noise of its own seed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DiffusionPipeline,
     DiTPipeline,
     DPMSolverMultistepScheduler,
 )
 from torch import Tensor
+
+from .training.text_pipelines import decode_latents, draw_latents
 
 SCHEDULERS = {
     "ddim": DDIMScheduler,
@@ -87,4 +90,51 @@ def sample_images(
         ).images
         batches.append((images.float() * 255).round().clamp(0, 255).to("cpu", torch.uint8))
     pipeline.set_progress_bar_config(**hidden)
+    return torch.cat(batches)
+
+
+@torch.no_grad()
+def sample_prompts(
+    pipeline: DiffusionPipeline,
+    embeddings: Mapping[str, Tensor],
+    empty: Mapping[str, Tensor],
+    size: tuple[int, int],
+    *,
+    num_inference_steps: int,
+    guidance_scale: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Tensor:
+    """Images of embedded prompts; image i starts from the noise of seed + i, in any batch size.
+
+    Args:
+        pipeline: of FLUX, SD3 or PixArt, with a VAE and its own scheduler.
+        embeddings: of the prompts, a row each, by the names that a `PromptCache` has.
+        empty: of the empty prompt, without the row dimension.
+        size: height and width in pixels.
+        num_inference_steps: steps of the sampler.
+        guidance_scale: classifier-free guidance against the empty prompt, for FLUX by its
+            `true_cfg_scale`; 1 is none.
+        seed: of the first image.
+        batch_size: images computed at a time.
+
+    Returns:
+        uint8 ``(N, 3, H, W)`` on the CPU.
+    """
+    count = len(next(iter(embeddings.values())))
+    pipeline.set_progress_bar_config(disable=True)
+    batches = []
+    for start in range(0, count, batch_size):
+        rows = {name: value[start : start + batch_size] for name, value in embeddings.items()}
+        latents = draw_latents(
+            pipeline,
+            rows,
+            {name: value[None] for name, value in empty.items()},
+            size,
+            seeds=range(seed + start, seed + min(start + batch_size, count)),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            true_cfg_scale=guidance_scale,
+        )
+        batches.append(decode_latents(pipeline.vae, latents))
     return torch.cat(batches)

@@ -1,5 +1,6 @@
 """Generated images against real ones: class accuracy and Frechet distance in a named space."""
 
+from .compare import compare_images
 from .evaluate import Reference, analyse_reference, evaluate_images, match_classes
 from .features import FeatureSpace, check_feature_space, open_feature_space
 from .frechet import frechet_distance
@@ -11,6 +12,7 @@ __all__ = [
     "Reference",
     "analyse_reference",
     "check_feature_space",
+    "compare_images",
     "draw_rows",
     "evaluate_images",
     "frechet_distance",

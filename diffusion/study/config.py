@@ -7,16 +7,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..evaluation import check_feature_space
 from ..losses import needs_teacher
-from ..sampling import SCHEDULERS
 from ..training.config import (
     PIPELINE_AT_STEP,
+    DataConfig,
     Recipe,
     check_field,
     parse_config,
     parse_recipe,
 )
+from .evaluation import Evaluation
 
 TEACHER = "teacher"
 
@@ -27,7 +27,8 @@ class Arm:
 
     Args:
         title: what the table calls it.
-        lengths: when it is measured, in shares of the teacher's steps; it trains to the last.
+        lengths: when it is measured, in shares of the teacher's steps; it trains to the last. Only
+            0 is the student as it starts.
         set: fields of the student's recipe that differ, by dotted name, e.g.
             ``model.config.num_linear_heads``.
         donor_length: it inherits from the teacher as it was at this share of its steps.
@@ -39,47 +40,11 @@ class Arm:
     donor_length: float = 1.0
 
     def __post_init__(self) -> None:
-        rising = sorted(set(self.lengths)) == self.lengths and self.lengths and self.lengths[0] > 0
-        check_field(bool(rising), "arms.lengths", "be positive and rising", self.lengths)
+        is_rising = sorted(set(self.lengths)) == self.lengths and min(self.lengths, default=0) > 0
+        is_fine = is_rising or self.lengths == [0]
+        check_field(is_fine, "arms.lengths", "be positive and rising, or only 0", self.lengths)
         share = self.donor_length
         check_field(0 < share <= 1, "arms.donor_length", "be in (0, 1]", share)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """How a trained model is judged: all from the same noise, without guidance.
-
-    Args:
-        num_images: samples, balanced over the classes.
-        num_inference_steps, scheduler: of the sampler, see `lintra.diffusion.sampling.SCHEDULERS`.
-        batch_size: samples at once.
-        seed: of the first sample's noise.
-        space, weights: feature space of the Frechet distance and the classifier, see
-            `open_feature_space`.
-        picture_labels: classes that are shown.
-        num_pictures: images of a row of the picture.
-        throughput_batch: images of the forward passes whose speed is measured.
-    """
-
-    num_images: int = 5000
-    num_inference_steps: int = 25
-    scheduler: str = "dpmsolver"
-    batch_size: int = 1000
-    seed: int = 1_000_000
-    space: str = "digits"
-    weights: str | None = None
-    picture_labels: list[int] = field(default_factory=lambda: [*range(10)])
-    num_pictures: int = 10
-    throughput_batch: int = 256
-
-    def __post_init__(self) -> None:
-        known = ", ".join(SCHEDULERS)
-        is_known = self.scheduler in SCHEDULERS
-        check_field(is_known, "evaluation.scheduler", f"be one of {known}", self.scheduler)
-        for name in ("num_images", "num_inference_steps", "batch_size", "throughput_batch"):
-            value = getattr(self, name)
-            check_field(value > 1, f"evaluation.{name}", "be greater than 1", value)
-        check_feature_space(self.space, self.weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +56,12 @@ class Study:
         teacher: recipe of the teacher, a YAML file.
         student: recipe that all arms start from.
         arms: by the name of their folder.
+        heading, about: of the report, and the text below it.
+        teacher_title: what the table calls the teacher.
         data_path: file or folder of the images, for every run.
+        images: for text to image, the labelled images: the study makes a prompt cache of them, with
+            class names as prompts. Classes to image has them in its recipes.
+        prompt_tokens: words that a class name has at most, see `WordEmbeddings`.
         teacher_steps: optimiser steps of the teacher; none takes its recipe's.
         teacher_set: fields of the teacher's recipe that differ, by dotted name.
         all_runs: fields of every recipe, by dotted name.
@@ -105,7 +75,12 @@ class Study:
     teacher: str
     student: str
     arms: dict[str, Arm]
+    heading: str | None = None
+    about: str | None = None
+    teacher_title: str = "teacher"
     data_path: str | None = None
+    images: DataConfig | None = None
+    prompt_tokens: int = 4
     teacher_steps: int | None = None
     teacher_set: dict[str, Any] = field(default_factory=dict)
     all_runs: dict[str, Any] = field(default_factory=dict)
@@ -118,6 +93,14 @@ class Study:
             file = getattr(self, name)
             check_field(Path(file).is_file(), name, "be an existing recipe", file)
         check_field(bool(self.arms), "arms", "name one at least", self.arms)
+        if self.images is not None:
+            scheduler = self.evaluation.scheduler
+            check_field(scheduler is None, "evaluation.scheduler", "be none for prompts", scheduler)
+            is_labelled = self.images.source != "prompt_cache"
+            check_field(is_labelled, "images.source", "be labelled images", self.images.source)
+            path = self.image_data.path
+            is_there = self.images.source == "digits" if path is None else Path(path).exists()
+            check_field(is_there, "data_path", "exist", path)
         odd = [name for name in self.arms if name == TEACHER or not name.replace("_", "").isalnum()]
         check_field(not odd, "arms", f"have names of letters, digits and _, not {TEACHER}", odd)
 
@@ -139,7 +122,18 @@ class Study:
         return replace(self, arms={name: self.arms[name] for name in self.arms if name in arms})
 
     def title(self, run: str) -> str:
-        return "DiT teacher" if run == TEACHER else self.arms[run].title
+        return self.teacher_title if run == TEACHER else self.arms[run].title
+
+    @property
+    def image_data(self) -> DataConfig:
+        """The labelled images of text to image."""
+        assert self.images is not None
+        return replace(self.images, path=self.data_path or self.images.path)
+
+    @property
+    def cache(self) -> Path:
+        """Folder of the prompt cache that is made of `images`."""
+        return Path(self.output_dir) / "cache"
 
     def folder(self, run: str) -> Path:
         return Path(self.output_dir) / run
@@ -159,7 +153,7 @@ class Study:
         return self._step_at(self.arms[arm].donor_length)
 
     def _step_at(self, share: float) -> int:
-        return max(1, round(share * self._whole))
+        return max(1, round(share * self._whole)) if share else 0
 
     def needs(self, run: str) -> list[Path]:
         """Pipelines that must be there before a run can start."""
@@ -175,11 +169,13 @@ class Study:
         """The recipe of a run.
 
         Raises:
-            ValueError: its teacher is not there yet.
+            ValueError: its teacher, or the prompt cache, is not there yet.
         """
+        recipe = self.teacher_recipe() if run == TEACHER else self._student_recipe(run)
+        if self.images is not None:
+            recipe = replace(recipe, data=replace(recipe.data, path=str(self.cache)))
         if run == TEACHER:
-            return self._teacher_recipe()
-        recipe = self._student_recipe(run)
+            return recipe
         missing = [str(folder) for folder in self.needs(run) if not folder.is_dir()]
         check_field(not missing, f"arms.{run}", "have its teacher trained before", missing)
         model = recipe.model
@@ -192,7 +188,7 @@ class Study:
                 pretrained_donor_model=None if donor == teacher else str(donor),
             )
         else:
-            config = {**self._teacher_recipe().model.config, **model.config}
+            config = {**self.teacher_recipe().model.config, **model.config}
             model = replace(model, pretrained_teacher_model=None, config=config)
         return replace(recipe, model=model)
 
@@ -201,7 +197,8 @@ class Study:
         """Steps of the teacher."""
         return self.teacher_steps or self._parse(self.teacher, TEACHER).training.max_train_steps
 
-    def _teacher_recipe(self) -> Recipe:
+    def teacher_recipe(self) -> Recipe:
+        """The recipe of the teacher, without the prompt cache, which may not exist yet."""
         recipe = self._parse(self.teacher, TEACHER)
         shares = {*self.donor_lengths, *(arm.donor_length for arm in self.arms.values())}
         donors = {self._step_at(share) for share in shares} - {self._whole}
@@ -215,6 +212,9 @@ class Study:
         """The recipe without its teacher, whose folder may not exist yet."""
         recipe = self._parse(self.student, arm)
         *marks, last = self.steps(arm)
+        is_whole = recipe.model.learns == "all" or not marks
+        name = f"arms.{arm}.lengths"
+        check_field(is_whole, name, "be one where not all weights learn", self.arms[arm].lengths)
         return replace(
             recipe,
             training=replace(recipe.training, max_train_steps=last),
@@ -226,11 +226,14 @@ class Study:
         fields = {**self.all_runs, **own}
         fields |= {"output_dir": str(self.folder(run)), "seed": self.seed}
         fields["checkpoint.resume_from_checkpoint"] = "latest"
-        if self.data_path is not None:
+        # Any folder that exists passes for what is not made yet until `recipe` puts it in.
+        existing = str(Path(file).parent.absolute())
+        if self.images is not None:
+            fields["data.path"] = existing
+        elif self.data_path is not None:
             fields["data.path"] = self.data_path
         if run != TEACHER:
-            # Any folder that exists passes for the teacher's until `recipe` puts it in.
-            fields["model.pretrained_teacher_model"] = str(Path(file).parent.absolute())
+            fields["model.pretrained_teacher_model"] = existing
         texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in fields.items()}
         words = [f"--{name}={text}" for name, text in texts.items()]
         return parse_recipe([f"--config={file}", *words], f"recipe of {run}", "")
@@ -241,7 +244,14 @@ def check_study(study: Study) -> None:
 
     A wrong field ends the process with one line and code 2, as `parse_recipe` does.
     """
-    study.recipe(TEACHER)
+    teacher = study.teacher_recipe()
+    is_text = teacher.model.process == "flow"
+    check_field(
+        is_text == (study.images is not None),
+        "images",
+        f"be {'given' if is_text else 'none'} for a teacher that is a {teacher.model.kind}",
+        study.images and study.images.source,
+    )
     for arm in study.arms:
         study.needs(arm)
 

@@ -1,49 +1,42 @@
-"""Measures of a trained model: quality from fixed noise, and the speed of its forward pass."""
+"""Quality of a trained model: samples from fixed noise against photographs and its teacher."""
 
-import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..compilation import compile_blocks
-from ..evaluation import Reference, analyse_reference, evaluate_images, open_feature_space
-from ..io import TRANSFORMERS, load_pipeline
-from ..sampling import balanced_labels, sample_images
-from ..training.images import ImageSource, open_images
-from .config import Study
+from ..evaluation import (
+    FeatureSpace,
+    Reference,
+    analyse_reference,
+    compare_images,
+    evaluate_images,
+    open_feature_space,
+)
+from ..io import load_pipeline
+from ..sampling import balanced_labels, sample_images, sample_prompts
+from ..training.images import ImageSource
+from .config import TEACHER, Study
+from .data import open_source, word_embeddings
 
 _REFERENCE_FILE = "reference.safetensors"
-_SPEED_SECONDS = 1.0
+_SAMPLES_FILE = "samples-{step}.safetensors"
 
 
 def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def open_source(study: Study, run: str) -> ImageSource:
-    """The images that a run is trained on and measured against."""
-    data = study.recipe(run).data
-    return open_images(
-        data.source,
-        path=data.path,
-        resolution=data.resolution,
-        channels=data.channels,
-        center_crop=data.center_crop,
-        interpolation=data.image_interpolation_mode,
-        split=data.split,
-    )
-
-
 def quality(study: Study, run: str, step: int) -> tuple[dict[str, Any], Tensor]:
     """Frechet distance and class accuracy of a run's model at `step`, and pictures of it.
 
-    Matrix products are bfloat16 on a GPU; latents and the sampler stay float32.
+    What learns from the teacher is also compared with it, sample by sample from the same noise. The
+    teacher itself is compared with its own samples of the same classes from other noise, to say how
+    far unrelated samples are.
 
     Returns:
         The numbers, and uint8 ``(num_pictures, 3, H, W)``.
@@ -51,19 +44,9 @@ def quality(study: Study, run: str, step: int) -> tuple[dict[str, Any], Tensor]:
     options, device = study.evaluation, best_device()
     source = open_source(study, run)
     space = open_feature_space(options.space, weights=options.weights, device=device)
-    pipeline = load_pipeline(study.pipeline(run, step).absolute(), dtype=torch.float32)
-    pipeline.to(device)
     labels = balanced_labels(options.num_images, len(source.classes))
     started = time.perf_counter()
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-        images = sample_images(
-            pipeline,
-            labels,
-            num_inference_steps=options.num_inference_steps,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            scheduler=options.scheduler,
-        )
+    images, parameters = _sample(study, run, step, source)
     seconds = time.perf_counter() - started
     reference = _reference(Path(study.output_dir) / _REFERENCE_FILE, source, space)
     report = evaluate_images(images, labels, source, space, reference=reference)
@@ -74,79 +57,89 @@ def quality(study: Study, run: str, step: int) -> tuple[dict[str, Any], Tensor]:
         "real_accuracy": report["source_accuracy"],
         "num_images": len(images),
         "sampling_seconds": seconds,
-        "parameters": pipeline.transformer.num_parameters(),
+        "parameters": parameters,
         "space": report["description"],
     }
+    others = None
+    if run == TEACHER:
+        _save_whole({"images": images}, _samples_file(study, step))
+        others = images.roll(len(source.classes), 0)  # the labels repeat
+    elif study.needs(run):
+        others = _teacher_samples(study, source)
+    if others is not None:
+        numbers["teacher"] = compare_images(images, others, space)
     return numbers, images[shown[: options.num_pictures]]
 
 
-def _reference(file: Path, source: ImageSource, space: Any) -> Reference:
+def _sample(study: Study, run: str, step: int, source: ImageSource) -> tuple[Tensor, int]:
+    """Samples of a run's model at `step`, balanced over the classes, and its parameters.
+
+    Matrix products are bfloat16 on a GPU; latents and the sampler stay float32.
+    """
+    options, device = study.evaluation, best_device()
+    pipeline = load_pipeline(study.pipeline(run, step).absolute(), dtype=torch.float32)
+    pipeline.to(device)
+    labels = balanced_labels(options.num_images, len(source.classes))
+    settings: dict[str, Any] = {
+        "num_inference_steps": options.num_inference_steps,
+        "guidance_scale": options.guidance_scale,
+        "seed": options.seed,
+        "batch_size": options.batch_size,
+    }
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        if study.images is None:
+            images = sample_images(pipeline, labels, scheduler=options.scheduler, **settings)
+        else:
+            images = _sample_prompts(study, pipeline, source, labels, settings)
+    return images, pipeline.transformer.num_parameters()
+
+
+def _sample_prompts(
+    study: Study,
+    pipeline: DiffusionPipeline,
+    source: ImageSource,
+    labels: list[int],
+    settings: dict[str, Any],
+) -> Tensor:
+    encode = word_embeddings(study)
+    empty = {name: value[0] for name, value in encode([""]).items()}
+    embeddings = encode([source.classes[label] for label in labels])
+    # Schedulers of flows give what they were given: half precision would round every step.
+    pipeline.transformer.register_forward_hook(lambda model, inputs, out: (out[0].float(),))
+    size = (source.resolution, source.resolution)
+    return sample_prompts(pipeline, embeddings, empty, size, **settings)
+
+
+def _samples_file(study: Study, step: int) -> Path:
+    return study.folder(TEACHER) / _SAMPLES_FILE.format(step=step)
+
+
+def _teacher_samples(study: Study, source: ImageSource) -> Tensor:
+    """The teacher's samples; a packed study has left them behind, and they are drawn anew."""
+    step = study.steps(TEACHER)[-1]
+    file = _samples_file(study, step)
+    if file.is_file():
+        images = load_file(file)["images"]
+        if len(images) == study.evaluation.num_images:
+            return images
+    images, _ = _sample(study, TEACHER, step, source)
+    _save_whole({"images": images}, file)
+    return images
+
+
+def _save_whole(tensors: dict[str, Tensor], file: Path) -> None:
+    """Writes beside `file` and renames: other processes may be about to do the same."""
+    partial = file.with_suffix(f".{time.monotonic_ns()}")
+    save_file(tensors, partial)
+    partial.rename(file)
+
+
+def _reference(file: Path, source: ImageSource, space: FeatureSpace) -> Reference:
     """The real images' features, made by whoever comes first."""
     if file.is_file():
         tensors = load_file(file)
         return Reference(tensors["features"], tensors["accuracy"].item())
     reference = analyse_reference(source, space)
     accuracy = torch.tensor(reference.accuracy, dtype=torch.float64)
-    partial = file.with_suffix(f".{time.monotonic_ns()}")
-    save_file({"features": reference.features, "accuracy": accuracy}, partial)
-    partial.rename(file)
+    _save_whole({"features": reference.features, "accuracy": accuracy}, file)
     return reference
-
-
-def forward_speed(transformer: DiTTransformer2DModel, batch: int, *, compiled: bool) -> float:
-    """Images a second of the forward pass, bfloat16 on a GPU, without anything beside it."""
-    device = best_device()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    transformer = transformer.to(device, dtype).eval()
-    if compiled:
-        torch._dynamo.reset()
-        compile_blocks(transformer, dynamic=False)
-    config = transformer.config
-    side = config.sample_size
-    latents = torch.randn(batch, config.in_channels, side, side, device=device, dtype=dtype)
-    timestep = torch.randint(1000, (batch,), device=device)
-    labels = torch.randint(config.num_embeds_ada_norm, (batch,), device=device)
-    with torch.no_grad():
-        return batch / _seconds_a_call(lambda: transformer(latents, timestep, labels), device)
-
-
-def _seconds_a_call(call: Callable[[], object], device: torch.device) -> float:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    for _ in range(3):
-        call()
-    wait()
-    started, calls = time.perf_counter(), 0
-    while time.perf_counter() - started < _SPEED_SECONDS:
-        call()
-        # Else the host runs ahead of the device by more than the time allowed.
-        wait()
-        calls += 1
-    return (time.perf_counter() - started) / calls
-
-
-def speeds(study: Study, *, compiled: bool) -> dict[str, dict[str, float]]:
-    """Forward speed of each run whose model is there; equal architectures are measured once."""
-    measured: dict[str, dict[str, float]] = {}
-    found = {}
-    for run in study.runs:
-        last = study.steps(run)[-1]
-        file = study.pipeline(run, last) / "transformer" / "config.json"
-        if not file.is_file():  # a packed study keeps no more than this of a finished run
-            file = study.folder(run) / f"config-{last}.json"
-        if not file.is_file():
-            continue
-        config = json.loads(file.read_text())
-        config = {key: value for key, value in config.items() if key != "_name_or_path"}
-        key = json.dumps(config, sort_keys=True)
-        if key not in measured:
-            cls = TRANSFORMERS[config["_class_name"]]
-            batch = study.evaluation.throughput_batch
-            measured[key] = {
-                name: forward_speed(cls.from_config(config), batch, compiled=name == "compiled")
-                for name in ("eager", *(["compiled"] if compiled else []))
-            }
-        found[run] = measured[key]
-    return found

@@ -53,7 +53,8 @@ def _weights(study: Study) -> Iterator[tuple[str, Path, Callable[[Path], None]]]
             is_measured = result_file(study, run, step).is_file()
             if is_model and (not is_measured or _size(folder) / 2 < _SMALL_BYTES):
                 yield f"{run} at {step}", folder, partial(_save_half, folder)
-        if not is_trained(study, run) and (found := list_checkpoints(study.folder(run))):
+        found = [] if is_trained(study, run) else list_checkpoints(study.folder(run))
+        if found and (found[-1] / "transformer").is_dir():
             yield f"{run}, stopped", found[-1], partial(reduce_to_weights, found[-1])
 
 
@@ -75,7 +76,8 @@ def pack_study(
 
     The teacher comes first, then the donors that unfinished arms need, then arms that are trained
     but not measured or were stopped. Finished arms keep their numbers and pictures, and their
-    weights only where they are under 2 MB. What is left out is said, and is trained again.
+    weights only where they are under 2 MB. What is left out is said, and is trained again; so is,
+    from its beginning, a stopped run of which only a part learns.
 
     Args:
         study: what was run.

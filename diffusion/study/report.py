@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,16 @@ from .config import TEACHER, Study
 from .worker import SPEED_FILE, picture_file, result_file
 
 TABLE_FILES = ("table.md", "table.csv", "loss.png", "samples.png")
+# Left out where no row has a value.
 _COLUMNS = {
     "run": "",
     "steps": "",
     "Frechet distance": ".2f",
     "class accuracy": ".3f",
-    "noise loss": ".4f",
+    "Frechet to teacher": ".2f",
+    "RMS to teacher": ".1f",
+    "cosine to teacher": ".4f",
+    "loss": ".4f",
     "images/s eager": ".0f",
     "images/s compiled": ".0f",
     "parameters M": ".2f",
@@ -42,10 +47,10 @@ def _json(file: Path) -> dict:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def _noise_loss(file: Path, step: int) -> float | None:
-    rows = [row for row in read_metrics(file) if "loss_noise" in row and row["step"] <= step]
+def _loss(file: Path, name: str, step: int) -> float | None:
+    rows = [row for row in read_metrics(file) if name in row and row["step"] <= step]
     last = rows[-max(1, round(_LAST * len(rows))) :]
-    return sum(row["loss_noise"] for row in last) / len(last) if last else None
+    return sum(row[name] for row in last) / len(last) if last else None
 
 
 def _sorted_runs(study: Study) -> list[tuple[str, int]]:
@@ -62,6 +67,7 @@ def _sorted_runs(study: Study) -> list[tuple[str, int]]:
 def rows_of(study: Study) -> list[Row]:
     """A row for every measured run and step."""
     speed = _json(Path(study.output_dir) / SPEED_FILE)
+    loss = "loss_noise" if study.images is None else "loss_flow"
     rows = []
     for run, step in _sorted_runs(study):
         numbers = _json(result_file(study, run, step))
@@ -69,12 +75,17 @@ def rows_of(study: Study) -> list[Row]:
             continue
         seconds = study.folder(run) / "seconds.json"
         is_last = step == study.steps(run)[-1]
+        # What the teacher has of these compares it with itself.
+        distance = {} if run == TEACHER else numbers.get("teacher", {})
         cells = {
             "run": study.title(run),
             "steps": step,
             "Frechet distance": numbers["frechet_distance"],
             "class accuracy": numbers["class_accuracy"],
-            "noise loss": _noise_loss(study.folder(run) / "metrics.jsonl", step),
+            "Frechet to teacher": distance.get("frechet"),
+            "RMS to teacher": distance.get("rms"),
+            "cosine to teacher": distance.get("cosine"),
+            "loss": _loss(study.folder(run) / "metrics.jsonl", loss, step),
             "images/s eager": speed.get(run, {}).get("eager"),
             "images/s compiled": speed.get(run, {}).get("compiled"),
             "parameters M": numbers["parameters"] / 1e6,
@@ -86,47 +97,88 @@ def rows_of(study: Study) -> list[Row]:
     return rows
 
 
-def _markdown(study: Study, rows: list[Row], command: str, failed: dict[str, str]) -> str:
+def _table(rows: list[Row]) -> list[str]:
     def cell(name: str, value: object) -> str:
         return "-" if value is None else format(value, _COLUMNS[name])
 
-    table = [list(_COLUMNS), ["---"] * len(_COLUMNS)]
-    table += [[cell(name, value) for name, value in row.cells.items()] for row in rows]
-    lines = [f"| {' | '.join(cells)} |" for cells in table]
+    names = [name for name in _COLUMNS if any(row.cells[name] is not None for row in rows)]
+    table = [names, ["---"] * len(names)]
+    table += [[cell(name, row.cells[name]) for name in names] for row in rows]
+    return [f"| {' | '.join(cells)} |" for cells in table]
+
+
+def _notes(study: Study, rows: list[Row]) -> list[str]:
+    """What the columns mean, each a paragraph."""
+    first = _json(result_file(study, rows[0].run, rows[0].step))
+    options = study.evaluation
+    sampler = options.scheduler or "the pipeline's sampler"
+    guidance = "no guidance"
+    if options.guidance_scale > 1:
+        guidance = f"classifier-free guidance {options.guidance_scale:g}"
+    notes = [
+        f"{first['num_images']} samples each from the same noise, {sampler},"
+        f" {options.num_inference_steps} steps, {guidance}. Frechet distance: to the"
+        f" training images; class accuracy of these {first['real_accuracy']:.3f}."
+        f" Features: {first['space']}."
+    ]
+    compared = _json(result_file(study, TEACHER, study.steps(TEACHER)[-1])).get("teacher")
+    if compared is not None:
+        notes.append(
+            "To teacher: the Frechet distance of the two sets of samples; root of the mean squared"
+            " difference of pixels, in levels of 255, and mean cosine of features, of samples from"
+            " the same noise. Two samples of the teacher of one class from different noise are"
+            f" {compared['rms']:.1f} apart, with cosine {compared['cosine']:.4f}."
+        )
+    term = "noise" if study.images is None else "flow-matching"
+    notes.append(
+        f"Loss: the {term} term, mean of the last fifth of the training. Training s: of the whole"
+        " run, beside the others."
+    )
+    if any(row.cells["images/s eager"] is not None for row in rows):
+        notes[-1] += f" Images/s: one forward pass, batch {options.throughput_batch}."
+    return notes
+
+
+def _markdown(
+    study: Study, rows: list[Row], command: str, failed: dict[str, str], pictures: list[str]
+) -> str:
+    lines = [f"# {study.heading}", ""] if study.heading else []
+    lines += [study.about.strip(), ""] if study.about else []
+    lines += _table(rows)
     missing = [
         f"{study.title(run)} at {step}"
         for run, step in _sorted_runs(study)
         if not result_file(study, run, step).is_file()
     ]
-    measured = _json(result_file(study, rows[0].run, rows[0].step))
-    options = study.evaluation
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    lines += [
-        "",
-        f"{measured['num_images']} samples each from the same noise, {options.scheduler},"
-        f" {options.num_inference_steps} steps, no guidance; class accuracy of the real images"
-        f" {measured['real_accuracy']:.3f}. Features: {measured['space']}.",
-        "",
-        "Noise loss: mean of the last fifth of the training losses. Images/s: one forward pass,"
-        f" batch {options.throughput_batch}. Training s: of the whole run, beside the others.",
-        "",
-        f"Seed {study.seed}; {device}, torch {torch.__version__}: `{command}`",
-    ]
+    for note in _notes(study, rows):
+        lines += ["", note]
+    lines += ["", f"Seed {study.seed}; {device}, torch {torch.__version__}: `{command}`"]
+    for file in pictures:
+        lines += ["", f"![{Path(file).stem.replace('_', ' ')}]({file})"]
     lines += ["", f"Not measured yet: {', '.join(missing)}."] if missing else []
     lines += ["", f"Failed: {', '.join(failed)}."] if failed else []
     return "\n".join([*lines, ""])
 
 
-def write_report(study: Study, command: str, failed: dict[str, str]) -> str:
-    """Writes `TABLE_FILES` into the study's folder and gives the Markdown; "" without a result."""
+def write_report(
+    study: Study, command: str, failed: dict[str, str], publish: Path | None = None
+) -> str:
+    """Writes `TABLE_FILES` into the study's folder and gives the Markdown; "" without a result.
+
+    Args:
+        study: what was run.
+        command: that ran it.
+        failed: runs that ended with an error.
+        publish: a Markdown file that gets the report too, its pictures beside it as
+            ``<stem>_samples.png`` and ``<stem>_loss.png``.
+    """
     folder, rows = Path(study.output_dir), rows_of(study)
     if not rows:
         return ""
-    text = _markdown(study, rows, command, failed)
     table, sheet, curves, samples = (folder / name for name in TABLE_FILES)
-    table.write_text(text)
-    with sheet.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(_COLUMNS))
+    with sheet.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(_COLUMNS))
         writer.writeheader()
         writer.writerows(row.cells for row in rows)
     logs = {study.title(run): study.folder(run) / "metrics.jsonl" for run in study.runs}
@@ -140,4 +192,14 @@ def write_report(study: Study, command: str, failed: dict[str, str]) -> str:
     }
     if pictures:
         draw_rows(pictures, samples)
+    found = [file for file in (samples, curves) if file.is_file()]
+    text = _markdown(study, rows, command, failed, [file.name for file in found])
+    table.write_text(text)
+    if publish is not None:
+        publish.parent.mkdir(parents=True, exist_ok=True)
+        copies = [publish.with_name(f"{publish.stem}_{file.name}") for file in found]
+        for file, copy in zip(found, copies, strict=True):
+            shutil.copy(file, copy)
+        names = [copy.name for copy in copies]
+        publish.write_text(_markdown(study, rows, command, failed, names))
     return text

@@ -10,8 +10,8 @@ from typing import IO
 
 from ..training.metrics import read_metrics
 from ..training.signals import StopRequest
-from .config import Study
-from .worker import is_finished
+from .config import TEACHER, Study
+from .worker import forget_copies, is_finished, is_trained
 
 # Seconds that a stopped process has to write its checkpoint.
 GRACE = 20.0
@@ -85,7 +85,8 @@ def run_all(
 ) -> Outcome:
     """Trains and measures what is left of a study.
 
-    Runs start in the study's order as soon as the models that they need are there. When time is
+    Runs start in the study's order as soon as the models that they need are there, of as many steps
+    as the study now asks for. When time is
     up, or this process gets SIGINT or SIGTERM, all get SIGTERM, on which a run in training leaves a
     checkpoint that the next call resumes.
 
@@ -97,6 +98,7 @@ def run_all(
         say: takes lines about progress.
     """
     started = told = time.monotonic()
+    forget_copies(study)
     needs = {run: study.needs(run) for run in study.runs}
     waiting = [run for run in study.runs if not is_finished(study, run)]
     running: dict[str, _Process] = {}
@@ -119,7 +121,12 @@ def run_all(
                 else:
                     outcome.failed[run] = process.tail()
                     tell(f"{run} FAILED, see {process.log}")
-            ready = [run for run in waiting if all(folder.is_dir() for folder in needs[run])]
+            is_taught = is_trained(study, TEACHER)
+            ready = [
+                run
+                for run in waiting
+                if not needs[run] or (is_taught and all(folder.is_dir() for folder in needs[run]))
+            ]
             for run in ready[: max(0, parallel - len(running))] if left() > LEAST else []:
                 waiting.remove(run)
                 running[run] = _Process(command(run), study.folder(run) / "log.txt", threads)

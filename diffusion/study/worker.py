@@ -9,8 +9,9 @@ import torch
 
 from ..training.checkpoint import checkpoint_step, list_checkpoints
 from ..training.loop import RECIPE_FILE, Trainer
-from .config import Study
-from .measure import quality, speeds
+from .config import TEACHER, Study
+from .measure import quality
+from .speed import speeds
 
 SPEED_FILE = "speed.json"
 
@@ -37,6 +38,14 @@ def is_trained(study: Study, run: str) -> bool:
 def is_finished(study: Study, run: str) -> bool:
     """Trained, and measured wherever it is to be."""
     return all(result_file(study, run, step).is_file() for step in study.steps(run))
+
+
+def forget_copies(study: Study) -> None:
+    """Removes students of no steps if their teacher is going to be trained: they were another's."""
+    if not (is_trained(study, TEACHER) or is_finished(study, TEACHER)):
+        for arm in study.arms:
+            if study.steps(arm) == [0] and study.folder(arm).is_dir():
+                shutil.rmtree(study.folder(arm))
 
 
 def train_and_measure(study: Study, run: str) -> int | None:

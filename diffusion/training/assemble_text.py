@@ -19,6 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from ..flow import FlowProcess
 from ..inheritance import student_config
+from ..initialization import initialize_mmdit
 from ..io import load_pipeline
 from ..losses import check_loss_weights, needs_teacher
 from ..models.autoencoder_pixel import PixelAutoencoder
@@ -70,7 +71,10 @@ def open_teacher(recipe: Recipe, dtype: torch.dtype) -> DiffusionPipeline | None
 def _build_student(recipe: Recipe, teacher: ModelMixin | None) -> ModelMixin:
     model, cls = recipe.model, TEXT_STUDENTS[recipe.model.kind]
     if teacher is None:
-        return cls(**student_config(cls, None, model.config))
+        student = cls(**student_config(cls, None, model.config))
+        if model.process == "flow":
+            initialize_mmdit(student)
+        return student
     if model.is_clear:
         return cls.from_teacher(teacher, **model.config)
     if model.kind == "lit_pixart" and model.inherit != "none":
@@ -111,7 +115,7 @@ def build_text_models(
     # What is copied is copied in float32; what is shared must have its last dtype before.
     pipeline = open_teacher(recipe, dtype if model.is_clear else torch.float32)
     teacher = None if pipeline is None else pipeline.transformer.to(device)
-    vae = _build_vae(recipe, pipeline)
+    vae = build_vae(recipe, pipeline)
     torch.manual_seed(recipe.seed)
     student = _build_student(recipe, teacher)
     if model.pretrained_model_name_or_path is not None:
@@ -119,7 +123,7 @@ def build_text_models(
     learns = torch.float32 if model.master_weights else dtype
     choose_trainable(
         student.to(device),
-        model.trainable or ("clear" if model.is_clear else "all"),
+        model.learns,
         dtype=learns,
         rank=model.rank,
         lora_alpha=model.lora_alpha,
@@ -145,13 +149,15 @@ def build_text_models(
     return models, pipeline
 
 
-def _build_vae(recipe: Recipe, pipeline: DiffusionPipeline | None) -> ModelMixin:
+def build_vae(recipe: Recipe, pipeline: DiffusionPipeline | None) -> ModelMixin:
     """In float32, as the cache's was; a model without teacher and VAE learns pixels."""
     if recipe.model.vae is not None:
         return AutoencoderKL.from_pretrained(recipe.model.vae)
     if pipeline is None:
         channels = recipe.model.config.get("in_channels", 4)
-        return PixelAutoencoder(channels // 4 if recipe.model.family == "flux" else channels)
+        return PixelAutoencoder.of_latents(
+            channels // 4 if recipe.model.family == "flux" else channels
+        )
     if pipeline.vae is None:
         raise ValueError("`model.vae` must be given for a teacher without an autoencoder, got None")
     folder = Path(str(recipe.model.pretrained_teacher_model)) / "vae"

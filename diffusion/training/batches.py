@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from .images import ImageSource
 from .latent_cache import LatentCache
-from .memory import InMemoryImages
+from .memory import InMemoryImages, InMemoryPrompts
 from .prompt_cache import PromptCache
 
 
@@ -115,7 +115,7 @@ class BucketSampler(Sampler[list[int]]):
 
 
 def make_loader(
-    dataset: ImageSource | LatentCache | InMemoryImages | PromptCache,
+    dataset: ImageSource | LatentCache | InMemoryImages | PromptCache | InMemoryPrompts,
     batch_size: int,
     *,
     seed: int,
@@ -127,11 +127,11 @@ def make_loader(
     """Loader of the batches from micro-step `start` on; those of a prompt cache have one size."""
     place = {"seed": seed, "start": start, "rank": rank, "num_processes": num_processes}
     sampler: Sampler[list[int]]
-    if isinstance(dataset, PromptCache):
+    if isinstance(dataset, PromptCache | InMemoryPrompts):
         sampler = BucketSampler(dataset.bucket_of, batch_size, **place)
     else:
         sampler = StepSampler(len(dataset), batch_size, **place)
-    if isinstance(dataset, InMemoryImages):
+    if isinstance(dataset, InMemoryImages | InMemoryPrompts):
         return dataset.batches(sampler)
     return DataLoader(
         dataset,

@@ -75,6 +75,11 @@ class ModelConfig:
         return self.kind.startswith("clear_")
 
     @property
+    def learns(self) -> str:
+        """`trainable`, or what it stands for."""
+        return self.trainable or ("clear" if self.is_clear else "all")
+
+    @property
     def process(self) -> Literal["ddpm", "flow"]:
         """What the model predicts: noise or velocity."""
         return "ddpm" if self.family in ("class", "pixart") else "flow"
@@ -139,7 +144,7 @@ class DataConfig:
     Args:
         source: `digits` (scikit-learn's), `imagefolder` (class folders) or `npz`; for text to
             image `prompt_cache`, which `lintra make-cache` has made. The cache has settled sizes,
-            mirroring and latents: of the fields below, only the last two mean something to it.
+            mirroring and latents: of the fields below, only the last three mean something to it.
         path: folder or file of the source.
         split: `train` or `test` of the digits; other sources have only `all`.
         resolution: side of the square images, pixels.
@@ -148,8 +153,8 @@ class DataConfig:
         random_flip: mirror half of the images.
         image_interpolation_mode: how images are resized.
         latent_cache: folder of precomputed latents, made with the VAE on first use.
-        in_memory: decode every image once, into the memory of the device; for small data, whose
-            reading would otherwise be what a fast GPU waits for.
+        in_memory: decode every image once, or read the whole prompt cache, into the memory of the
+            device; for small data, whose reading would otherwise be what a fast GPU waits for.
         dataloader_num_workers: processes that read images.
         proportion_empty_prompts: share of prompts replaced by the empty one, for student and
             teacher alike.
@@ -184,7 +189,7 @@ class TrainingConfig:
     """Steps, optimiser and precision.
 
     Args:
-        max_train_steps: optimiser steps.
+        max_train_steps: optimiser steps; 0 saves the student as it starts.
         train_batch_size: images a process and micro-step.
         class_dropout_prob: share of labels replaced by "no class", for student and teacher alike.
         mixed_precision: none leaves the choice to `accelerate config`.
@@ -221,7 +226,9 @@ class TrainingConfig:
     compile_blocks: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps"):
+        steps = self.max_train_steps
+        check_field(steps >= 0, "training.max_train_steps", "not be negative", steps)
+        for name in ("train_batch_size", "gradient_accumulation_steps"):
             check_field(
                 getattr(self, name) > 0, f"training.{name}", "be positive", getattr(self, name)
             )

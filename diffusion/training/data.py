@@ -12,7 +12,7 @@ from .config import Recipe
 from .families import Condition
 from .images import ImageSource
 from .latent_cache import LatentCache, build_latent_cache, scaled_posterior, weights_fingerprint
-from .memory import InMemoryImages
+from .memory import InMemoryImages, InMemoryPrompts
 from .prompt_cache import EMBEDDINGS, PromptCache
 from .shards import INDEX_NAME
 
@@ -25,7 +25,7 @@ def check_images_fit(images: ImageSource, models: Models) -> None:
             f"`data.channels` must be the {config.in_channels} of the autoencoder,"
             f" got {images.channels}"
         )
-    reduction = 1 if models.in_pixel_space else 2 ** (len(config.block_out_channels) - 1)
+    reduction = 2 ** (len(config.block_out_channels) - 1)
     expected = models.student.config.sample_size * reduction
     if images.resolution != expected:
         raise ValueError(
@@ -113,24 +113,31 @@ def draw_latent(
     """
     rows, views = batch["mean"].shape[:2]
     chosen = torch.randint(views, (rows,), generator=generator, device=generator.device)
-    index = torch.arange(rows), chosen.cpu()
+    home = batch["mean"].device
+    index = torch.arange(rows, device=home), chosen.to(home)
     mean = batch["mean"][index].to(device, non_blocking=True)
     if "std" not in batch:
         return mean
     std = batch["std"][index].to(device, non_blocking=True)
-    return mean + std * torch.randn(mean.shape, generator=generator).to(device)
+    noise = torch.randn(mean.shape, generator=generator, device=generator.device)
+    return mean + std * noise.to(device)
 
 
 class PromptData:
     """A `PromptCache` and the way from one of its batches to x_0 and the prompts' embeddings.
 
     Args:
-        cache: the data set.
+        cache: what was made for the model.
         device: where batches go.
+        in_memory: the whole cache lies there.
+
+    Attributes:
+        dataset: the cache, as it is read in training.
     """
 
-    def __init__(self, cache: PromptCache, device: torch.device):
-        self.dataset = cache
+    def __init__(self, cache: PromptCache, device: torch.device, in_memory: bool = False):
+        self.cache = cache
+        self.dataset = InMemoryPrompts(cache, device) if in_memory else cache
         self.device = device
 
     def prepare(

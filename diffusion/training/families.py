@@ -9,6 +9,8 @@ from diffusers import FluxPipeline
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from ..models.clear import ClearMixin
+
 Condition = Mapping[str, Tensor]
 
 
@@ -150,9 +152,10 @@ class FluxFamily(Family):
         if self.config["guidance_embeds"]:
             guidance = torch.full((batch,), self.guidance_scale, device=device)
         # In float32: ids above 256 are no numbers of bfloat16.
-        ids = FluxPipeline._prepare_latent_image_ids(
-            batch, height // 2, width // 2, device, torch.float32
-        )
+        grid = height // 2, width // 2
+        ids = FluxPipeline._prepare_latent_image_ids(batch, *grid, device, torch.float32)
+        # CLEAR would read the grid off the ids, for which the host waits for the device.
+        is_local = isinstance(getattr(model, "module", model), ClearMixin)
         out = model(
             hidden_states=FluxPipeline._pack_latents(noised, batch, channels, height, width),
             encoder_hidden_states=embeds,
@@ -161,6 +164,7 @@ class FluxFamily(Family):
             guidance=guidance,
             img_ids=ids,
             txt_ids=ids.new_zeros(embeds.shape[1], 3),
+            joint_attention_kwargs={"spatial_shape": grid} if is_local else None,
             return_dict=False,
         )[0]
         return FluxPipeline._unpack_latents(out, height, width, 1)

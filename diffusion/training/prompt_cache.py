@@ -41,11 +41,11 @@ _INDEX_KEYS = (
 class PromptCache(Dataset):
     """What `build_prompt_cache` wrote; every shard holds images of one bucket.
 
-    An item is a dict of ``mean`` ``(V, c, h, w)`` float32 (and ``std`` where images were encoded:
-    a latent is ``mean + std * noise``), ``prompt_embeds`` ``(L, D)``, and where the pipeline has
-    them ``pooled_prompt_embeds`` ``(P,)`` and ``prompt_attention_mask`` ``(L,)`` bool. ``V`` is
-    `num_views`: 2 where the mirrored images were stored too. Latents are as the model sees them,
-    ``(z - shift) * scale``.
+    An item is a dict of ``mean`` ``(V, c, h, w)`` float32 (and ``std`` where a VAE has encoded
+    images: a latent is ``mean + std * noise``), ``prompt_embeds`` ``(L, D)``, and where the
+    pipeline has them ``pooled_prompt_embeds`` ``(P,)`` and ``prompt_attention_mask`` ``(L,)`` bool.
+    ``V`` is `num_views`: 2 where the mirrored images were stored too. Latents are as the model sees
+    them, ``(z - shift) * scale``.
 
     Args:
         folder: the cache.
@@ -98,6 +98,15 @@ class PromptCache(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = self._shards.row(index, (*self._latents, *self._embeddings))
         return row | {name: row[name].float() for name in self._latents}
+
+    def read_bucket(self, bucket: int, device: torch.device | str) -> dict[str, Tensor]:
+        """All rows of a bucket on `device`, in their order; latents in float32."""
+        numbers = [n for n, shard in enumerate(self.index["shards"]) if shard["bucket"] == bucket]
+        rows = {}
+        for name in (*self._latents, *self._embeddings):
+            parts = [self._shards.handle(n).get_tensor(name).to(device) for n in numbers]
+            rows[name] = torch.cat(parts)
+        return rows | {name: rows[name].float() for name in self._latents}
 
     def name_and_caption(self, index: int) -> tuple[str, str]:
         """Name of an item's image and its prompt."""

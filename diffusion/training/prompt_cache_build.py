@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from ..models.autoencoder_pixel import PixelAutoencoder
 from .buckets import Size, fit_to_bucket, nearest_bucket
 from .latent_cache import scaled_posterior
 from .prompt_cache import LATENTS, PromptCache
@@ -92,6 +93,8 @@ def build_prompt_cache(
         ValueError: a folder in use, or of another call; buckets that do not fit the model; an
             image that cannot be read; latents or embeddings that are not finite.
     """
+    # Pixels have no spread.
+    latents = LATENTS[:1] if isinstance(encoders.vae, PixelAutoencoder) else LATENTS
     items = [
         Item(number, image.name, image.caption, nearest_bucket(image.size(), buckets))
         for number, image in enumerate(images)
@@ -105,13 +108,15 @@ def build_prompt_cache(
         posteriors = [scaled_posterior(vae, view) for view in views]
         parts = zip(*posteriors, strict=True)
         return {
-            name: torch.stack(part, dim=1).cpu() for name, part in zip(LATENTS, parts, strict=True)
+            name: torch.stack(part, dim=1).cpu()
+            for name, part in zip(LATENTS, parts, strict=True)
+            if name in latents
         }
 
     source = {"kind": "images", "random_flip": random_flip}
     writer = CacheWriter(encoders, folder, buckets, items_per_shard)
     views = 2 if random_flip else 1
-    return writer.write(items, encode, batch_size, source=source, num_views=views, latents=LATENTS)
+    return writer.write(items, encode, batch_size, source=source, num_views=views, latents=latents)
 
 
 def build_teacher_cache(

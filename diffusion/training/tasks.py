@@ -124,7 +124,7 @@ class TextTask:
         )
         self.models, self.pipeline = build_text_models(recipe, accelerator.device, dtype)
         self._check_cache(cache)
-        self.data = PromptData(cache, accelerator.device)
+        self.data = PromptData(cache, accelerator.device, recipe.data.in_memory)
         self.objective = self._objective(cache, accelerator.device)
 
     def _text_encoders(self) -> dict[str, str] | None:
@@ -188,7 +188,7 @@ class TextTask:
 
     def sample_grid(self, pipeline: DiffusionPipeline, file: Path) -> None:
         recipe = self.recipe
-        validate_prompts(pipeline, self.data.dataset, recipe.validation, recipe.seed, file)
+        validate_prompts(pipeline, self.data.cache, recipe.validation, recipe.seed, file)
 
     def save(self, pipeline: DiffusionPipeline, folder: Path, texts: dict[str, str]) -> None:
         """The text encoders, which training never opened, are linked from the teacher's folder."""

@@ -199,6 +199,7 @@ def draw_latents(
     seeds: Sequence[int],
     num_inference_steps: int,
     guidance_scale: float,
+    true_cfg_scale: float = 1.0,
 ) -> Tensor:
     """Latents x_0 ``(B, c, h, w)`` float32 that the pipeline draws, as its model sees them.
 
@@ -208,11 +209,16 @@ def draw_latents(
         empty: embeddings of the empty prompt, a row each; the negative prompt of guidance.
         size: height and width in pixels.
         seeds: of each image.
+        true_cfg_scale: of FLUX, guidance by a second call with the empty prompt; 1 is none.
     """
     family = text_family(pipeline)
     device, dtype = pipeline.transformer.device, pipeline.transformer.dtype
     inputs: dict[str, Any] = {name: _to(value, device, dtype) for name, value in embeddings.items()}
-    if TEXT_PIPELINES[family].has_negative_prompt:
+    has_negative = TEXT_PIPELINES[family].has_negative_prompt
+    if family == "flux":
+        inputs["true_cfg_scale"] = true_cfg_scale
+        has_negative = true_cfg_scale > 1
+    if has_negative:
         repeat = len(seeds)
         inputs |= {
             f"negative_{name}": _to(value.expand(repeat, *value.shape[1:]), device, dtype)

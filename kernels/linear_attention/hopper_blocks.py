@@ -17,6 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+# Triton 3.6 calls it thread_barrier.
+thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
 
 @gluon.jit
 def allocate(
@@ -77,7 +80,7 @@ def activate(
             t1.store(feature(t1, D0, D, D1, WARPS, FEATURE))
         t0.store(x0)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
 
 
 @gluon.jit
@@ -133,7 +136,7 @@ def store(desc, place, tile, values):
     """Starts to write a tile through shared memory."""
     tile.store(values.to(desc.dtype))
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     shape: gl.constexpr = desc.block_type.shape
     tma.async_copy_shared_to_global(desc, place, tile._reinterpret(desc.dtype, shape, desc.layout))
 

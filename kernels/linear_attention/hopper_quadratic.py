@@ -27,6 +27,7 @@ from .hopper_blocks import (
     load,
     scores,
     store,
+    thread_barrier,
     wait_for,
 )
 
@@ -50,7 +51,7 @@ def _linear_attention_fwd_quadratic_hopper_kernel(
     q0_s, q1_s, q_full = allocate(DTYPE, 1, BLOCK, D0, D1)
     k0_s, k1_s, k_full = allocate(DTYPE, STAGES, STEP, D0, D1)
     v0_s, v1_s, v_full = allocate(DTYPE, STAGES, STEP, D0, D1)
-    gl.thread_barrier()
+    thread_barrier()
     q0_s, q1_s, q_full = q0_s.index(0), q1_s.index(0), q_full.index(0)
     y0, y1 = gl.zeros([BLOCK, D0], gl.float32, Y0_LAYOUT), 0.0
     if D1 > 0:
@@ -81,7 +82,7 @@ def _linear_attention_fwd_quadratic_hopper_kernel(
     s = scores(q0_s, q1_s, k0_s.index(0), k1_s.index(0), none, D1)
     s = warpgroup_mma_wait(0, deps=[s])
     if count > STAGES:
-        gl.thread_barrier()
+        thread_barrier()
         load(
             k0_d, k1_d, k0_s.index(0), k1_s.index(0), k_full.index(0),
             batch, head, STAGES * STEP, True, D0, D1,
@@ -106,7 +107,7 @@ def _linear_attention_fwd_quadratic_hopper_kernel(
         token = (t - 1 + STAGES) * STEP
         if token < num_keys:
             # All warps have read the values of the tile before, and these keys.
-            gl.thread_barrier()
+            thread_barrier()
             load(
                 v0_d, v1_d, v0_s.index(old), v1_s.index(old), v_full.index(old),
                 batch, head, token, True, D0, D1,
@@ -127,7 +128,7 @@ def _linear_attention_fwd_quadratic_hopper_kernel(
     y0, y1 = add_values(s, v0_s.index(slot), v1_s.index(slot), y0, y1, Y0_LAYOUT, Y1_LAYOUT, DTYPE)
     y0, y1 = wait_for(y0, y1, D1 > 0)
     # The output takes the place of the queries, which nobody reads any more.
-    gl.thread_barrier()
+    thread_barrier()
     y0 = y0 * gl.convert_layout(gains, gl.SliceLayout(1, Y0_LAYOUT))[:, None]
     store(o0_d, [batch, head, first, 0], q0_s, y0)
     if D1 > 0:

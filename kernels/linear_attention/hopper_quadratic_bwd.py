@@ -30,6 +30,7 @@ from .hopper_blocks import (
     of_tokens,
     scores,
     store,
+    thread_barrier,
     wait_for,
     weigh,
 )
@@ -82,11 +83,11 @@ def _finish_query(
 ):  # fmt: skip
     """w and c of the own queries x from the finished t = y and the sums z; makes t dphi(q)."""
     # All warps have read the rings, where z may lie.
-    gl.thread_barrier()
+    thread_barrier()
     z0_s.store(gl.sum(z0, 0))
     if D1 > 0:
         z1_s.store(gl.sum(z1, 0))
-    gl.thread_barrier()
+    thread_barrier()
     f0 = _phi(x0_s.load(L0), FEATURE)
     total = gl.sum(f0 * z0_s.load(gl.SliceLayout(0, L0))[None, :], 1)
     through = gl.sum(f0 * y0, 1)
@@ -101,7 +102,7 @@ def _finish_query(
     gl.store(p_w + o_m, w)
     gl.store(p_c + o_m, c)
     # Beyond the barrier x and z are read again: registers would not hold them beside t.
-    gl.thread_barrier()
+    thread_barrier()
     y0 = y0 * w[:, None] - c[:, None] * z0_s.load(gl.SliceLayout(0, L0))[None, :]
     if D1 > 0:
         w = gl.convert_layout(w, gl.SliceLayout(1, L1))
@@ -178,7 +179,7 @@ def _gradient(
                 z1 = _sum_tokens(z1, c1_s.index(0), num_others, D1, STEP, ROWS1, WARPS, FEATURE)
     s = warpgroup_mma_wait(0, deps=[s])
     if count > STAGES:
-        gl.thread_barrier()
+        thread_barrier()
         load(
             b0_d, b1_d, b0_s.index(0), b1_s.index(0), b_full.index(0),
             batch, head, STAGES * STEP, True, D0, D1,
@@ -214,7 +215,7 @@ def _gradient(
         token = (t - 1 + STAGES) * STEP
         if token < num_others:
             # All warps have read c of the tile before, and b of this one.
-            gl.thread_barrier()
+            thread_barrier()
             load(
                 c0_d, c1_d, c0_s.index(old), c1_s.index(old), c_full.index(old),
                 batch, head, token, True, D0, D1,
@@ -225,7 +226,7 @@ def _gradient(
             )  # fmt: skip
 
     # Nobody reads a any more: x takes its place, and the gradient that of x.
-    gl.thread_barrier()
+    thread_barrier()
     if OWN_FEATURE:
         load(x0_d, x1_d, a0_s, a1_s, a_full, batch, head, first, True, D0, D1)
     s = weigh(s, w, c, WEIGHED, LESS)
@@ -273,7 +274,7 @@ def _linear_attention_bwd_quadratic_queries_hopper_kernel(
     own = allocate(DTYPE, 1, BLOCK, D0, D1)
     b_ring = allocate(DTYPE, STAGES, STEP, D0, D1)
     c_ring = allocate(DTYPE, STAGES, STEP, D0, D1)
-    gl.thread_barrier()
+    thread_barrier()
     row = gl.program_id(0) // tiles
     first = gl.program_id(0) % tiles * BLOCK
     p_w += row.to(gl.int64) * tiles * BLOCK
@@ -299,7 +300,7 @@ def _linear_attention_bwd_quadratic_keys_hopper_kernel(
     own = allocate(DTYPE, 1, BLOCK, D0, D1)
     b_ring = allocate(DTYPE, STAGES, STEP, D0, D1)
     c_ring = allocate(DTYPE, STAGES, STEP, D0, D1)
-    gl.thread_barrier()
+    thread_barrier()
     tile = gl.program_id(0) // 2
     row = tile // tiles
     first = tile % tiles * BLOCK

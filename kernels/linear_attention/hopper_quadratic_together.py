@@ -18,6 +18,7 @@ from .hopper_blocks import (
     of_tokens,
     scores,
     store,
+    thread_barrier,
     wait_for,
     weigh,
 )
@@ -43,7 +44,7 @@ def linear_attention_bwd_quadratic_together_hopper_kernel(
     v0_s, v1_s, v_full = allocate(DTYPE, 1, BLOCK, D0, D1)
     q0_s, q1_s, q_full = allocate(DTYPE, STAGES, STEP, D0, D1)
     g0_s, g1_s, g_full = allocate(DTYPE, STAGES, STEP, D0, D1)
-    gl.thread_barrier()
+    thread_barrier()
     k0_s, k1_s, k_full = k0_s.index(0), k1_s.index(0), k_full.index(0)
     v0_s, v1_s, v_full = v0_s.index(0), v1_s.index(0), v_full.index(0)
     dk0, dk1 = gl.zeros([BLOCK, D0], gl.float32, L0), 0.0
@@ -106,7 +107,7 @@ def linear_attention_bwd_quadratic_together_hopper_kernel(
         token = (t - 1 + STAGES) * STEP
         if token < num_queries:
             # All warps have read the tile before.
-            gl.thread_barrier()
+            thread_barrier()
             load(
                 q0_d, q1_d, q0_s.index(old), q1_s.index(old), q_full.index(old),
                 batch, head, token, True, D0, D1,
@@ -117,7 +118,7 @@ def linear_attention_bwd_quadratic_together_hopper_kernel(
             )  # fmt: skip
 
     # Nobody reads the own tiles any more: the gradients take their places.
-    gl.thread_barrier()
+    thread_barrier()
     if FEATURE != "identity":
         load(k0_d, k1_d, k0_s, k1_s, k_full, batch, head, first, True, D0, D1)
     a = weigh(a, w, 0.0, RATIO, False)

@@ -95,12 +95,14 @@ def store_vector(p_x, first, values, COLUMNS, WIDTH: tl.constexpr):
 
 @triton.jit
 def shift_of(p_x, stride, count, column, COLUMNS, WIDTH: tl.constexpr, FEATURE: tl.constexpr):
-    """Mean of phi over the first rows: near the mean of all, which is all that centring needs."""
-    o_n = tl.arange(0, 16)
+    """Mean of phi over the first rows: near the mean of all, which is all that centring needs; the
+    nearer, the fewer digits of float32 the sums lose."""
+    ROWS: tl.constexpr = 64 if p_x.dtype.element_ty == tl.float32 else 16
+    o_n = tl.arange(0, ROWS)
     m_n = o_n < count
     x = load_tile(p_x, o_n.to(tl.int64) * stride, m_n, column, COLUMNS, WIDTH)
     x = tl.where(m_n[:, None], feature(x, FEATURE).to(tl.float32), 0.0)
-    return tl.sum(x, 0) / tl.minimum(count, 16).to(tl.float32)
+    return tl.sum(x, 0) / tl.minimum(count, ROWS).to(tl.float32)
 
 
 @triton.jit
@@ -148,6 +150,12 @@ def gain_rows(m_n, gain, GAINED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.co
     return rows.to(DTYPE)
 
 
+@triton.constexpr_function
+def folds(summed, width, part0, part1, dtype):
+    """Whether `fold_gains` finds two columns of padding; float32 sums by `add_rows` alone."""
+    return summed and part1 > 0 and part0 + part1 >= width + 2 and dtype != tl.float32
+
+
 @triton.jit
 def fold_gains(v1, m_n, gain, TAIL: tl.constexpr, E1: tl.constexpr, GAINED: tl.constexpr):
     """The tail of v with the gains of `gain_rows` in its first two columns of padding: the product
@@ -189,6 +197,26 @@ def empty_moments(
 
 
 @triton.jit
+def add_rows(total, gains, x, PRECISION: tl.constexpr):
+    """total + gains x, of (16, WIDTH); only the sum of the rows has a meaning.
+
+    A sum that grows with the tokens loses digits of float32 at every step, more than halves have.
+    For float32 the first row is the sum and the second what its rounding cost (Kahan's sum).
+    """
+    if x.dtype == tl.float32 and PRECISION == "ieee":
+        o_row = tl.arange(0, 16)[:, None]
+        step = tl.sum(tl.sum(gains, 0)[:, None] * x, 0)
+        old = tl.sum(tl.where(o_row == 0, total, 0.0), 0)
+        step += tl.sum(tl.where(o_row == 1, total, 0.0), 0)
+        new = old + step
+        rest = step - (new - old)
+        y = tl.where(o_row == 0, new[None, :], tl.where(o_row == 1, rest[None, :], 0.0))
+    else:
+        y = tl.dot(gains, x, total, input_precision=PRECISION)
+    return y
+
+
+@triton.jit
 def moment_step(
     k0, k1, v0, v1, gains,
     s00, s01, s10, s11, z0, z1, a0, a1,
@@ -205,13 +233,13 @@ def moment_step(
         if D1 > 0:
             s11 = tl.dot(tl.trans(v1), k1, s11, input_precision=PRECISION)
     if SUM_K:
-        z0 = tl.dot(gains, k0, z0, input_precision=PRECISION)
+        z0 = add_rows(z0, gains, k0, PRECISION)
         if D1 > 0:
-            z1 = tl.dot(gains, k1, z1, input_precision=PRECISION)
+            z1 = add_rows(z1, gains, k1, PRECISION)
     if SUM_V:
-        a0 = tl.dot(gains, v0, a0, input_precision=PRECISION)
+        a0 = add_rows(a0, gains, v0, PRECISION)
         if E1 > 0:
-            a1 = tl.dot(gains, v1, a1, input_precision=PRECISION)
+            a1 = add_rows(a1, gains, v1, PRECISION)
     return s00, s01, s10, s11, z0, z1, a0, a1
 
 
@@ -467,12 +495,3 @@ def rows_times_state(
             )
             y1 = tl.dot(x, w1.to(DTYPE), y1, input_precision=PRECISION)
     return y0, y1, total
-
-
-@triton.jit
-def transposed(x, WIDTH: tl.constexpr):
-    """The transpose of a block of the state; an absent one is a scalar and stays."""
-    y = x
-    if WIDTH > 0:
-        y = tl.trans(x)
-    return y

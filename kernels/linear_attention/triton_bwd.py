@@ -28,6 +28,7 @@ from .triton_blocks import (
     empty_moments,
     feature_grad,
     fold_gains,
+    folds,
     gain_rows,
     load_features,
     load_state,
@@ -44,13 +45,12 @@ from .triton_blocks import (
     store_tile,
     store_vectors,
     sum_rows,
-    transposed,
     value_shifts_of,
 )
 from .triton_bwd_wide import key_side_wide, query_side_wide
 from .triton_keys_first import moments_keys_first, query_sweep_keys_first
 from .triton_quadratic_bwd import backward_quadratic
-from .triton_state import State, empty_parts, forward_state, reduce_parts
+from .triton_state import State, empty_parts, forward_state, reduce_parts, transposed
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _query_sweep(
     and, with SUM_V, of sum do."""
     DTYPE: tl.constexpr = tl.float32 if WIDE else p_q.dtype.element_ty
     PRECISION: tl.constexpr = "tf32" if WIDE else "ieee"
-    FOLD: tl.constexpr = RATIO and E1 > 0 and E0 + E1 >= E + 2
+    FOLD: tl.constexpr = folds(RATIO, E, E0, E1, p_q.dtype.element_ty)
     OWN: tl.constexpr = RATIO and not FOLD
     d00, d01, d10, d11, dz0, dz1, b0, b1 = empty_moments(D0, D1, E0, E1, OWN, SUM_V)
     for m in range(start, stop, BLOCK):
@@ -299,7 +299,7 @@ def _linear_attention_bwd_fused_kernel(
     RATIO: tl.constexpr = NORMALIZER == "ratio"
     CENTRED: tl.constexpr = NORMALIZER == "covariance"
     SHIFTED: tl.constexpr = RATIO and WIDE
-    FOLD: tl.constexpr = (RATIO or CENTRED) and E1 > 0 and E0 + E1 >= E + 2
+    FOLD: tl.constexpr = folds(RATIO or CENTRED, E, E0, E1, p_q.dtype.element_ty)
     DTYPE: tl.constexpr = tl.float32 if WIDE else p_q.dtype.element_ty
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)

@@ -25,6 +25,7 @@ from .._common.plans import Plans
 from . import configs
 from .triton_blocks import (
     centre,
+    folds,
     load_features,
     load_state,
     load_vector,
@@ -96,7 +97,7 @@ def _linear_attention_fwd_fused_kernel(
     queries; the state never leaves it."""
     RATIO: tl.constexpr = NORMALIZER == "ratio"
     CENTRED: tl.constexpr = NORMALIZER == "covariance"
-    FOLD: tl.constexpr = (RATIO or CENTRED) and E1 > 0 and E0 + E1 >= E + 2
+    FOLD: tl.constexpr = folds(RATIO or CENTRED, E, E0, E1, p_q.dtype.element_ty)
     DTYPE: tl.constexpr = tl.float32 if WIDE else p_q.dtype.element_ty
     batch = (tl.program_id(0) // heads).to(tl.int64)
     head = (tl.program_id(0) % heads).to(tl.int64)

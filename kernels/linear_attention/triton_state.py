@@ -13,6 +13,7 @@ from .._common.plans import Plans
 from . import configs
 from .triton_blocks import (
     centre,
+    folds,
     load_vector,
     moments,
     scale_cast,
@@ -23,6 +24,12 @@ from .triton_blocks import (
     value_shifts_of,
 )
 from .triton_keys_first import moments_keys_first
+
+
+@triton.jit
+def transposed(x, WIDTH: tl.constexpr):
+    """The transpose of a block of the state; an absent one is a scalar and stays."""
+    return tl.trans(x) if WIDTH > 0 else x
 
 
 @triton.jit(
@@ -43,7 +50,7 @@ def _linear_attention_fwd_moments_kernel(
     kernel writes them. Else, or if SHIFTED, the first split also writes the shifts; the first block
     writes z."""
     BLOCKS: tl.constexpr = (E + EB - 1) // EB
-    FOLD: tl.constexpr = SUM_K and E == EB and E1 > 0 and E0 + E1 >= E + 2
+    FOLD: tl.constexpr = folds(SUM_K and E == EB, E, E0, E1, p_k.dtype.element_ty)
     row = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
     split = tl.program_id(1)
@@ -156,7 +163,7 @@ def _linear_attention_fwd_reduce_kernel(
 
 
 class State(NamedTuple):
-    """What a sweep over tokens leaves of a head, (B * H, ...): E x D, D and E numbers."""
+    """What a sweep over tokens leaves of a head: (B * H, E, D), and rows of B * H times D and E."""
 
     matrix: Tensor
     key_row: Tensor
@@ -164,7 +171,7 @@ class State(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Unfinished states, (splits, B * H, ...), and the shifts that their sums are around."""
+    """Unfinished states, (splits, B * H, E, D) and rows; the shifts that their sums are around."""
 
     matrix: Tensor
     key_row: Tensor
@@ -173,20 +180,23 @@ class Parts(NamedTuple):
     value_shift: Tensor
 
 
+def _pieces(like: Tensor, *sizes: int) -> tuple[Tensor, ...]:
+    """Float32 vectors of these sizes, or a few numbers longer: one allocation, each piece aligned;
+    the host would wait longer for several."""
+    sizes = tuple(-(-size // 4) * 4 for size in sizes)
+    return empty(sum(sizes), like=like, dtype=torch.float32).split(sizes)
+
+
 def empty_state(rows: int, head_dim: int, value_dim: int, like: Tensor) -> State:
-    return State(
-        empty(rows, value_dim, head_dim, like=like, dtype=configs.state_dtype(like.dtype)),
-        empty(rows, head_dim, like=like, dtype=torch.float32),
-        empty(rows, value_dim, like=like, dtype=torch.float32),
-    )
+    dtype = configs.state_dtype(like.dtype)
+    matrix = empty(rows, value_dim, head_dim, like=like, dtype=dtype)
+    return State(matrix, *_pieces(like, rows * head_dim, rows * value_dim))
 
 
 def empty_parts(splits: int, rows: int, head_dim: int, value_dim: int, like: Tensor) -> Parts:
-    shapes = (
-        (splits, rows, value_dim, head_dim), (splits, rows, head_dim), (splits, rows, value_dim),
-        (rows, head_dim), (rows, value_dim),
-    )  # fmt: skip
-    return Parts(*(empty(*shape, like=like, dtype=torch.float32) for shape in shapes))
+    matrix = empty(splits, rows, value_dim, head_dim, like=like, dtype=torch.float32)
+    keys, values = rows * head_dim, rows * value_dim
+    return Parts(matrix, *_pieces(like, splits * keys, splits * values, keys, values))
 
 
 def _plan_reduce(

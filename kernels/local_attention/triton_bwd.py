@@ -83,23 +83,23 @@ def _local_attention_bwd_dq_kernel(
     head = (sequence % heads).to(tl.int64)
     p_k += (batch * k_sb + head * k_sh) * VECTOR
     p_v += (batch * v_sb + head * v_sh) * VECTOR
-    k_sn = k_sn.to(tl.int64) * VECTOR
-    v_sn = v_sn.to(tl.int64) * VECTOR
+    k_sn = tl.cast(k_sn, tl.int64) * VECTOR
+    v_sn = tl.cast(v_sn, tl.int64) * VECTOR
     rows, mask, y, x = own_tokens(
         tl.program_id(0) % programs, programs, num_prefix, height, width, IMAGE, OWN_Y, OWN_X
     )
     q = load_tokens(
         p_q + (batch * q_sb + head * q_sh) * VECTOR, rows, mask,
-        q_sn.to(tl.int64) * VECTOR, D, BLOCK_D,
+        tl.cast(q_sn, tl.int64) * VECTOR, D, BLOCK_D,
     )  # fmt: skip
     q = (q * sign).to(q.dtype)
     do = load_tokens(
         p_do + (batch * do_sb + head * do_sh) * VECTOR, rows, mask,
-        do_sn.to(tl.int64) * VECTOR, E, BLOCK_E,
+        tl.cast(do_sn, tl.int64) * VECTOR, E, BLOCK_E,
     )  # fmt: skip
     o = load_tokens(
         p_o + (batch * o_sb + head * o_sh) * VECTOR, rows, mask,
-        o_sn.to(tl.int64) * VECTOR, E, BLOCK_E,
+        tl.cast(o_sn, tl.int64) * VECTOR, E, BLOCK_E,
     )  # fmt: skip
     o_lse = batch * l_sb + rows.to(tl.int64) * l_sn + head * l_sh
     o_dlse = batch * dl_sb + rows.to(tl.int64) * dl_sn + head * dl_sh
@@ -116,7 +116,7 @@ def _local_attention_bwd_dq_kernel(
         p_ek += (batch * ek_sb + head * ek_sh) * VECTOR
         p_ev += (batch * ev_sb + head * ev_sh) * VECTOR
         dq = _add_dq_dense(
-            q, do, p_ek, p_ev, ek_sn.to(tl.int64) * VECTOR, ev_sn.to(tl.int64) * VECTOR,
+            q, do, p_ek, p_ev, tl.cast(ek_sn, tl.int64) * VECTOR, tl.cast(ev_sn, tl.int64) * VECTOR,
             0, num_extra, lse, delta, dq, factor, BLOCK, D, BLOCK_D, E, BLOCK_E,
         )  # fmt: skip
         o_own = tl.arange(0, OWN_Y * OWN_X)
@@ -149,7 +149,7 @@ def _local_attention_bwd_dq_kernel(
         )  # fmt: skip
         batch += part.to(tl.int64) * (tl.num_programs(0) // (heads * programs))
     p_dq += (batch * dq_sb + head * dq_sh) * VECTOR
-    store_tokens(p_dq, rows, mask, dq_sn.to(tl.int64) * VECTOR, dq * scale, D, BLOCK_D)
+    store_tokens(p_dq, rows, mask, tl.cast(dq_sn, tl.int64) * VECTOR, dq * scale, D, BLOCK_D)
 
 
 @triton.jit
@@ -213,20 +213,20 @@ def _local_attention_bwd_dkv_kernel(
     p_do += (batch * do_sb + head * do_sh) * VECTOR
     p_lse += batch * l_sb + head * l_sh
     p_delta += batch * l_sb + head * l_sh
-    q_sn = q_sn.to(tl.int64) * VECTOR
-    do_sn = do_sn.to(tl.int64) * VECTOR
+    q_sn = tl.cast(q_sn, tl.int64) * VECTOR
+    do_sn = tl.cast(do_sn, tl.int64) * VECTOR
     rows, mask, y, x = own_tokens(
         tl.program_id(0) % programs, programs, num_prefix if IMAGE else num_keys, height, width,
         IMAGE, OWN_Y, OWN_X,
     )  # fmt: skip
     k = load_tokens(
         p_k + (batch * k_sb + head * k_sh) * VECTOR, rows, mask,
-        k_sn.to(tl.int64) * VECTOR, D, BLOCK_D,
+        tl.cast(k_sn, tl.int64) * VECTOR, D, BLOCK_D,
     )  # fmt: skip
     k = (k * sign).to(k.dtype)
     v = load_tokens(
         p_v + (batch * v_sb + head * v_sh) * VECTOR, rows, mask,
-        v_sn.to(tl.int64) * VECTOR, E, BLOCK_E,
+        tl.cast(v_sn, tl.int64) * VECTOR, E, BLOCK_E,
     )  # fmt: skip
     dk = tl.zeros((OWN_Y * OWN_X, BLOCK_D), tl.float32)
     dv = tl.zeros((OWN_Y * OWN_X, BLOCK_E), tl.float32)
@@ -269,8 +269,8 @@ def _local_attention_bwd_dkv_kernel(
         batch += part.to(tl.int64) * (tl.num_programs(0) // (heads * programs))
     p_dk += (batch * dk_sb + head * dk_sh) * VECTOR
     p_dv += (batch * dv_sb + head * dv_sh) * VECTOR
-    store_tokens(p_dk, rows, mask, dk_sn.to(tl.int64) * VECTOR, dk * scale, D, BLOCK_D)
-    store_tokens(p_dv, rows, mask, dv_sn.to(tl.int64) * VECTOR, dv, E, BLOCK_E)
+    store_tokens(p_dk, rows, mask, tl.cast(dk_sn, tl.int64) * VECTOR, dk * scale, D, BLOCK_D)
+    store_tokens(p_dv, rows, mask, tl.cast(dv_sn, tl.int64) * VECTOR, dv, E, BLOCK_E)
 
 
 def _parts(parts: int, batch: int, *shape: int, like: Tensor) -> Tensor:

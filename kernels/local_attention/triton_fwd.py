@@ -83,12 +83,12 @@ def _local_attention_fwd_kernel(
     p_q += (batch * q_sb + head * q_sh) * VECTOR
     p_k += (batch * k_sb + head * k_sh) * VECTOR
     p_v += (batch * v_sb + head * v_sh) * VECTOR
-    k_sn = k_sn.to(tl.int64) * VECTOR
-    v_sn = v_sn.to(tl.int64) * VECTOR
+    k_sn = tl.cast(k_sn, tl.int64) * VECTOR
+    v_sn = tl.cast(v_sn, tl.int64) * VECTOR
     rows, mask, y, x = own_tokens(
         tl.program_id(0) % programs, programs, num_prefix, height, width, IMAGE, OWN_Y, OWN_X
     )
-    q = load_tokens(p_q, rows, mask, q_sn.to(tl.int64) * VECTOR, D, BLOCK_D)
+    q = load_tokens(p_q, rows, mask, tl.cast(q_sn, tl.int64) * VECTOR, D, BLOCK_D)
     q = (q * sign).to(q.dtype)
     # Finite, so that a row without any key so far gives no nan; below every score.
     top = tl.full((OWN_Y * OWN_X,), -1e38, tl.float32) / tl.maximum(factor, 1.0)
@@ -102,8 +102,8 @@ def _local_attention_fwd_kernel(
         p_ek += (batch * ek_sb + head * ek_sh) * VECTOR
         p_ev += (batch * ev_sb + head * ev_sh) * VECTOR
         top, total, acc = _attend_dense(
-            q, p_ek, p_ev, ek_sn.to(tl.int64) * VECTOR, ev_sn.to(tl.int64) * VECTOR, 0, num_extra,
-            top, total, acc, factor, BLOCK, D, BLOCK_D, E, BLOCK_E,
+            q, p_ek, p_ev, tl.cast(ek_sn, tl.int64) * VECTOR, tl.cast(ev_sn, tl.int64) * VECTOR,
+            0, num_extra, top, total, acc, factor, BLOCK, D, BLOCK_D, E, BLOCK_E,
         )  # fmt: skip
         o_own = tl.arange(0, OWN_Y * OWN_X)
         own_y, own_x = y + o_own // OWN_X, x + o_own % OWN_X
@@ -138,7 +138,7 @@ def _local_attention_fwd_kernel(
     p_o += batch * o_sb * VECTOR + head * o_sh * VECTOR
     total = tl.where(mask, total, 1.0)
     acc = acc / total[:, None]
-    store_tokens(p_o, rows, mask, o_sn.to(tl.int64) * VECTOR, acc, E, BLOCK_E)
+    store_tokens(p_o, rows, mask, tl.cast(o_sn, tl.int64) * VECTOR, acc, E, BLOCK_E)
     lse = (top * factor + tl.log2(total)) * 0.6931471805599453
     tl.store(p_lse + batch * l_sb + rows.to(tl.int64) * l_sn + head * l_sh, lse, mask=mask)
 

@@ -49,8 +49,8 @@ def _token_conv2d_bwd_weight_kernel(
     for sample in range(0, batch, groups):
         o_b = group + sample
         m_l = m_g & (o_b < batch)
-        p_gs = p_g + o_b * (g_sb.to(tl.int64) * VECTOR) + o_c + prefix * G_SN
-        p_xs = p_x + o_b * (x_sb.to(tl.int64) * VECTOR) + o_c + prefix * X_SN
+        p_gs = p_g + o_b * (tl.cast(g_sb, tl.int64) * VECTOR) + o_c + prefix * G_SN
+        p_xs = p_x + o_b * (tl.cast(x_sb, tl.int64) * VECTOR) + o_c + prefix * X_SN
         # waiting[i] is row y - PAD + i of g, the last one new.
         waiting = ()
         for i in tl.static_range(SIZE - 1):

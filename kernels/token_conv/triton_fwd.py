@@ -51,8 +51,8 @@ def _token_conv2d_fwd_kernel(
     o_b, o_c = lanes_of(block.to(tl.int64) * LANES, channels, LANES, VECTOR)
     m_l = o_b < batch
     # Strides of samples are given in multiples of VECTOR, so that the compiler knows them aligned.
-    p_x += o_b * (x_sb.to(tl.int64) * VECTOR) + o_c + prefix * X_SN
-    p_residual += o_b * (r_sb.to(tl.int64) * VECTOR) + o_c + prefix * R_SN
+    p_x += o_b * (tl.cast(x_sb, tl.int64) * VECTOR) + o_c + prefix * X_SN
+    p_residual += o_b * (tl.cast(r_sb, tl.int64) * VECTOR) + o_c + prefix * R_SN
     p_o += o_b * ((prefix + height * width).to(tl.int64) * O_SN) + o_c + prefix * O_SN
     o_f = tl.max_contiguous(tl.multiple_of(o_c % filters, VECTOR), VECTOR)
     p_weight += o_b * w_sb + o_f * w_sf + w_first

@@ -11,6 +11,7 @@ from torch import Tensor
 from lintra.diffusion.evaluation import (
     FeatureSpace,
     check_feature_space,
+    compare_images,
     evaluate_images,
     frechet_distance,
     match_classes,
@@ -300,3 +301,17 @@ def test_squeezenet_knows_imagenette() -> None:
     # Chance is 0.001 among all classes and 0.1 among the ten.
     assert (logits.argmax(1) == ids[labels]).float().mean() > 0.1
     assert (logits[:, ids].argmax(1) == labels).float().mean() > 0.5
+
+
+def test_pairs_of_images_are_compared() -> None:
+    images = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
+    images[1::2] = 100
+    others = images.clone()
+    others[:, :, 0, 0] += 20
+    found = compare_images(images, others, Brightness())
+    assert found["rms"] == pytest.approx((20**2 / 4) ** 0.5)
+    same = compare_images(images, images, Brightness())
+    assert (same["rms"], same["frechet"]) == (0, pytest.approx(0, abs=1e-6))
+    assert found["frechet"] > 1e-6
+    with pytest.raises(ValueError, match=r"`others` must have the shape of `images`, \(4, 1, 2, 2"):
+        compare_images(images, others[:2], Brightness())

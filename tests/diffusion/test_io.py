@@ -133,7 +133,23 @@ def test_assert_linear():
         assert_linear(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4, 12, 48])
+def test_squares_of_pixels_are_channels(channels):
+    vae = PixelAutoencoder.of_latents(channels)
+    patch, own = vae.patch_size, vae.config.in_channels
+    assert channels == own * patch**2
+    images = torch.rand(2, own, 4 * patch, 8 * patch)
+    latents = vae.encode(images).latent_dist.mean
+    assert latents.shape == (2, channels, 4, 8)
+    assert torch.equal(latents[:, 0], images[:, 0, ::patch, ::patch])
+    assert torch.equal(vae.decode(latents).sample, images.expand(-1, 3, -1, -1))
+
+
 def test_pixel_autoencoder_errors():
+    with pytest.raises(ValueError, match="`block_out_channels` must be ones, got \\(1, 2\\)"):
+        PixelAutoencoder(block_out_channels=(1, 2))
+    with pytest.raises(ValueError, match="`channels` must be 1 or 3 times a power of 4, got 24"):
+        PixelAutoencoder.of_latents(24)
     with pytest.raises(ValueError, match="`in_channels` must be 1 or 3, got 4"):
         PixelAutoencoder(in_channels=4)
     with pytest.raises(ValueError, match=r"`scaling_factor` must be 1.0, got 0.5"):

@@ -11,6 +11,7 @@ from lintra.diffusion.training import prompt_cache_build
 from lintra.diffusion.training.buckets import fit_to_bucket
 from lintra.diffusion.training.captions import read_captions
 from lintra.diffusion.training.latent_cache import weights_fingerprint
+from lintra.diffusion.training.memory import InMemoryPrompts
 from lintra.diffusion.training.prompt_cache import PromptCache, describe
 from lintra.diffusion.training.prompt_cache_build import (
     build_prompt_cache,
@@ -198,6 +199,21 @@ def test_a_fingerprint_does_not_mind_how_files_are_split(folders, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"123")
     with pytest.raises(ValueError, match="must be whole safetensors"):
         folder_fingerprint(tmp_path)
+
+
+def test_the_whole_cache_in_memory(built):
+    cache = PromptCache(built)
+    held = InMemoryPrompts(cache)
+    assert len(held) == len(cache)
+    assert len(held.bucket_of.unique()) == 2
+    for index in range(len(cache)):
+        row, expected = held[index], cache[index]
+        assert row.keys() == expected.keys()
+        assert all(torch.equal(row[name], expected[name]) for name in row)
+    items = (cache.bucket_of == 1).nonzero().flatten().tolist()
+    batch = next(iter(held.batches([[items[1], items[0]]])))
+    expected = torch.utils.data.default_collate([cache[items[1]], cache[items[0]]])
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
 
 
 def test_worker_processes(built):

@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from lintra.diffusion import load_pipeline
-from lintra.diffusion.study import measure
-from lintra.diffusion.study.config import TEACHER, Arm, Evaluation, Study, check_study
+from lintra.diffusion.study import speed
+from lintra.diffusion.study.config import TEACHER, Arm, Study, check_study
+from lintra.diffusion.study.evaluation import Evaluation
 from lintra.diffusion.study.pack import pack_study, unpack_study
 from lintra.diffusion.study.report import TABLE_FILES, rows_of, write_report
 from lintra.diffusion.study.scheduler import progress_of, run_all
 from lintra.diffusion.study.worker import (
+    forget_copies,
     is_finished,
     is_trained,
     measure_speed,
@@ -38,7 +40,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """A study whose runs are all finished."""
     study = make_study(tmp_path_factory.mktemp("done"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "_SPEED_SECONDS", 0.01)
+        patch.setattr(speed, "_SPEED_SECONDS", 0.01)
         for run in study.runs:
             assert train_and_measure(study, run) is None
         measure_speed(study, compiled=False)
@@ -203,8 +205,10 @@ if kind == "endless":
     signal.signal(signal.SIGTERM, lambda *_: (Path(folder, run, "stopped").touch(), sys.exit(143)))
     Path(folder, run, "running").touch()
     time.sleep(100)
-Path(folder, run, "pipeline").mkdir()
-Path(folder, run, "pipeline-4").mkdir()
+Path(folder, run, "pipeline").mkdir(exist_ok=True)
+Path(folder, run, "pipeline-4").mkdir(exist_ok=True)
+record = '{"training": {"max_train_steps": 8}}'  # the teacher's
+Path(folder, run, "pipeline", "recipe.json").write_text(record)
 for file in files:
     Path(file).write_text("{}")
 """
@@ -233,6 +237,25 @@ def test_runs_wait_for_their_teacher_and_a_crash_stops_no_other(tmp_path: Path) 
     assert any("hybrid FAILED, see" in event for event in events)
     again = run_all(study, fake(study, {}).__getitem__, say=lines.append)
     assert (again.unfinished, again.failed) == ([], {})
+
+
+def test_a_teacher_of_fewer_steps_does_not_serve(tmp_path: Path) -> None:
+    """Its students wait for the one that is asked for now, and copies of it are forgotten."""
+    arms = {**ARMS, "copy": Arm(title="copy", lengths=[0])}
+    study, lines = make_study(tmp_path, arms=arms), []
+    short = replace(study, teacher_steps=4)
+    for run in (TEACHER, "copy"):
+        (study.folder(run) / "pipeline").mkdir(parents=True)
+    record = {"training": {"max_train_steps": 4}}
+    (study.folder(TEACHER) / "pipeline" / "recipe.json").write_text(json.dumps(record))
+    result_file(study, "copy", 0).write_text("{}")
+    forget_copies(short)
+    assert is_finished(study, "copy")
+    commands = fake(study, {})
+    assert run_all(study, commands.__getitem__, parallel=3, say=lines.append).unfinished == []
+    events = [line.split(" s: ")[1] for line in lines]
+    assert events[:2] == ["teacher started", "scratch started"]
+    assert events.index("teacher finished") < events.index("copy started")
 
 
 def test_time_that_is_up_stops_all_politely(tmp_path: Path, monkeypatch) -> None:
@@ -269,7 +292,7 @@ def test_wrong_studies(changes: dict, message: str, tmp_path: Path) -> None:
 
 
 def test_wrong_fields(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`arms.lengths` must be positive and rising, got"):
+    with pytest.raises(ValueError, match="`arms.lengths` must be positive and rising, or only 0"):
         Arm(title="", lengths=[0.4, 0.2])
     with pytest.raises(ValueError, match=r"`arms.donor_length` must be in \(0, 1\], got 2"):
         Arm(title="", lengths=[0.4], donor_length=2)

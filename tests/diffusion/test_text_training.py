@@ -119,6 +119,29 @@ def test_resume_is_exact(recipe, family, tmp_path):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_a_cache_in_memory_trains_alike(recipe, tmp_path):
+    Trainer(recipe("flux", "disk")).run()
+    Trainer(recipe("flux", "memory", data={"in_memory": True})).run()
+    assert rows_of(tmp_path / "disk") == rows_of(tmp_path / "memory")
+
+
+def test_no_steps_give_the_student_as_it_starts(places, recipe):
+    result = Trainer(recipe("flux", training={"max_train_steps": 0})).run()
+    assert (result.step, result.signum) == (0, None)
+    found, expected = (
+        load_transformer(f).state_dict() for f in (result.pipeline, places["flux"][0])
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_host_does_not_read_the_grid_off_the_ids(recipe, monkeypatch):
+    from lintra.diffusion.models import transformer_clear_flux
+
+    monkeypatch.setattr(transformer_clear_flux, "grid_of_ids", None)
+    trainer = Trainer(recipe("flux"))
+    assert loss_of(trainer, *batch_of(trainer))[0].isfinite()
+
+
 @pytest.mark.parametrize("family", CLEAR)
 @pytest.mark.parametrize("trainable", ["clear", "lora"])
 def test_the_teacher_stays_as_it_was_and_shares_what_is_frozen(

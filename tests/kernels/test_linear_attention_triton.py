@@ -34,13 +34,27 @@ def inputs_of(shape, dtype=torch.float32, num_keys=None, value_dim=None, mean=0.
     return tensors, d_out
 
 
-def compare(tensors, d_out, way, splits=2, **options):
+def textbook(feature_map="relu", normalizer="ratio", scale=None, eps=1e-6):
+    """The formula with every product and sum in the dtype of its inputs."""
+
+    def function(*tensors):
+        q, k, v = (x.transpose(1, 2) for x in tensors)
+        factor = scale or (q.shape[3] ** -0.5 if normalizer == "covariance" else 1.0)
+        phi = FEATURE_MAPS[feature_map]
+        return NORMALIZERS[normalizer](phi(q), phi(k), v, factor, eps, True).transpose(1, 2)
+
+    return function
+
+
+def compare(tensors, d_out, way, splits=2, num_terms=0, **options):
     with pinned(splits=splits, fwd_way=way, bwd_way=way):
         assert_three_way(
             lambda *x: linear_attention(*x, impl="triton", **options),
             lambda *x: linear_attention(*x, impl="reference", **options),
             tensors,
             d_out,
+            textbook=textbook(**options) if DEVICE == "cuda" else None,
+            num_terms=num_terms,
         )
 
 
@@ -85,7 +99,7 @@ def test_wide_heads(dims):
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize("normalizer", ["ratio", "none"])
 def test_quadratic_order(length, num_keys, feature_map, normalizer):
-    (q, k, v), d_out = inputs_of((1, length, 2, 24), num_keys=num_keys, value_dim=40, mean=0.5)
+    (q, k, v), d_out = inputs_of((1, length, 1, 24), num_keys=num_keys, value_dim=40, mean=0.5)
     if normalizer == "ratio" and feature_map == "identity":
         q, k = q.abs(), k.abs()
     options = {"feature_map": feature_map, "normalizer": normalizer, "scale": 0.3, "eps": 1e-2}
@@ -110,6 +124,17 @@ def test_large_means_keep_their_digits(way):
     with pinned(fwd_way=way, splits=2):
         out = linear_attention(q, k, v, impl="triton", **options)
     assert (out - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
+@pytest.mark.parametrize("normalizer", ["ratio", "covariance"])
+def test_float32_sums_of_many_tokens_keep_their_digits(normalizer):
+    # A mean of values from plain sums in order errs by twice as much.
+    (q, k, v), _ = inputs_of((1, 4097, 1, 16))
+    exact = linear_attention(q.double(), k.double(), v.double(), normalizer=normalizer)
+    for way in ("fused", "split"):
+        with pinned(fwd_way=way, splits=2):
+            out = linear_attention(q, k, v, normalizer=normalizer, impl="triton")
+        assert (out - exact).abs().max() <= 1e-6 * exact.abs().max()
 
 
 def test_float16_sums_beyond_its_range():
@@ -291,7 +316,7 @@ def test_shapes_on_gpu(length, width, dtype):
     tensors, d_out = inputs_of((2, length, 2, width), dtype)
     for normalizer in ("ratio", "covariance"):
         for way in WAYS if width <= 128 else WAYS[2:]:
-            compare(tensors, d_out, way, normalizer=normalizer)
+            compare(tensors, d_out, way, num_terms=length, normalizer=normalizer)
 
 
 @pytest.mark.gpu

@@ -46,7 +46,7 @@ def test_distill(recipe_file, teacher, tmp_path, capsys):
         (["--training.lr=1e-3"], "unrecognized arguments: --training.lr=1e-3"),
         (["--training.learning_rate=fast"], 'Parser key "training.learning_rate"'),
         (["--training.learning_rate=-1"], "`training.learning_rate` must be positive, got -1.0"),
-        (["--training.max_train_steps=0"], "`training.max_train_steps` must be positive, got 0"),
+        (["--training.max_train_steps=-1"], "`training.max_train_steps` must not be negative, got"),
         (["--training.class_dropout_prob=1"], "`training.class_dropout_prob` must be in [0, 1)"),
         (["--model.kind=unet"], 'Parser key "model.kind"'),
         (["--model.config={}"], "`model.config` must be given without a teacher, got {}"),

@@ -5,10 +5,13 @@ import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
 from lintra.tools import backbone_study
+from lintra.vision.norm import RepBN
 from lintra.vision.training import study
 from lintra.vision.training.config import TrainingConfig
 from lintra.vision.training.loop import BackboneTrainer, TrainingDiverged, TrainingResult
@@ -39,8 +42,16 @@ def test_study_writes_its_table(
         "--model.args",
         "{img_size: 16, patch_size: 4, embed_dim: 8, depth: 1, num_heads: 1}",
     ]  # fmt: skip
-    for _ in range(2):  # the second time nothing is left to train
-        assert backbone_study.main(words) == 0
+    timed = []
+
+    def note_norms(network: nn.Module, *_: Any, **__: Any) -> float:
+        timed.append(any(isinstance(module, RepBN) for module in network.modules()))
+        return 1.0
+
+    assert backbone_study.main(words) == 0
+    monkeypatch.setattr(study, "images_per_second", note_norms)
+    assert backbone_study.main(words) == 0  # nothing is left to train
+    assert timed == [False, False, True, False]  # the last one before and after folding
     table = (tmp_path / "results" / "table.md").read_text()
     assert table.count("\n| ") == 3
     assert "| SLA, PRepBN (SLAB) |" in table

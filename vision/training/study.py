@@ -149,10 +149,14 @@ def _row(
     parameters = sum(p.numel() for p in model.parameters())
     sizes = image_size(model)
     dtype = torch.bfloat16 if device == "cuda" else None
-    speeds = [
-        images_per_second(network, (3, *sizes), batch_size=batch_size, dtype=dtype, seconds=seconds)
-        for network in (model, fold_norms(model))
-    ]
+    speeds = []
+    for prepare in (lambda network: network, fold_norms):  # the latter in place
+        network = prepare(model)
+        speeds.append(
+            images_per_second(
+                network, (3, *sizes), batch_size=batch_size, dtype=dtype, seconds=seconds
+            )
+        )
     accuracies = [_last_accuracy(folder) for folder in ended]
     deviation = f" +- {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
     share = f" ({len(ended)} of {len(runs)} runs)" if len(ended) < len(runs) else ""

@@ -1,4 +1,4 @@
-"""`python -m lintra.tools.lit_study`: what it refuses, and a run in its own process."""
+"""`python -m lintra.tools.diffusion_study`: what it refuses, and a run in its own process."""
 
 import json
 from dataclasses import asdict
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lintra.diffusion.study.config import TEACHER
-from lintra.tools import lit_study
+from lintra.tools import diffusion_study
 from tiny_study import make_study
 
 
@@ -20,12 +20,14 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_a_run_of_its_own_and_a_report(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert lit_study.main(["--config", str(config), "--run", TEACHER]) == 0
+    assert diffusion_study.main(["--config", str(config), "--run", TEACHER]) == 0
     # No time for another run: a report of what there is.
     words = ["--config", str(config), "--stop-after", "1", "--pack", str(config.parent / "pack")]
-    assert lit_study.main(words) == 0
+    words += ["--table", str(config.parent / "results" / "lit.md")]
+    assert diffusion_study.main(words) == 0
     out = capsys.readouterr().out
     assert "| DiT teacher | 2 |" in out
+    assert "| DiT teacher | 2 |" in (config.parent / "results" / "lit.md").read_text()
     assert "to be gone on with: scratch, hybrid, softmax" in out
     assert (config.parent / "pack" / "state.tar.00").is_file()
     assert "Not measured yet: scratch at 1" in (config.parent / "study" / "table.md").read_text()
@@ -45,7 +47,7 @@ def test_a_run_of_its_own_and_a_report(config: Path, capsys: pytest.CaptureFixtu
 def test_mistakes(
     words: list[str], message: str, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert lit_study.main(["--config", str(config), *words]) == 2
+    assert diffusion_study.main(["--config", str(config), *words]) == 2
     assert capsys.readouterr().err.strip() == message
 
 
@@ -56,7 +58,7 @@ def test_a_wrong_field_of_an_arm_stops_before_any_run(
     study["arms"]["hybrid"]["set"] = {"training.speed": 3}
     config.write_text(json.dumps(study))
     with pytest.raises(SystemExit) as stop:
-        lit_study.main(["--config", str(config)])
+        diffusion_study.main(["--config", str(config)])
     assert stop.value.code == 2
     err = capsys.readouterr().err
     assert "recipe of hybrid" in err

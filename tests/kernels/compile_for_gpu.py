@@ -1,0 +1,101 @@
+"""Compiles the kernels of every operation for one architecture, on a machine without a GPU.
+
+`test_compilation.py` runs it as a program: Triton must be imported without its interpreter. The
+launchers get CPU tensors, and what they would launch is compiled. Ends with a traceback where the
+compiler refuses a kernel, else prints how many it has compiled.
+"""
+
+import sys
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from lintra.kernels._common import launch
+from lintra.kernels._common.pinning import pinned
+from lintra.kernels.layer_norm.triton_fwd import layer_norm_fwd
+from lintra.kernels.linear_attention import configs as linear_configs
+from lintra.kernels.linear_attention.triton_bwd import linear_attention_bwd
+from lintra.kernels.linear_attention.triton_fwd import linear_attention_fwd
+from lintra.kernels.local_attention import configs as local_configs
+from lintra.kernels.local_attention.triton_bwd import local_attention_bwd
+from lintra.kernels.local_attention.triton_fwd import local_attention_fwd
+from lintra.kernels.token_conv.triton_bwd import token_conv2d_bwd_weight
+from lintra.kernels.token_conv.triton_fwd import token_conv2d_fwd
+
+ARCHITECTURE = int(sys.argv[1])
+compiled = []
+
+
+class NoDevice:
+    """What Triton asks of a driver to compile."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", ARCHITECTURE, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def compiles(kernel: JITFunction, grid: tuple[int, ...]):
+    def launch_nothing(*arguments, **options):
+        kernel.warmup(*arguments, grid=grid, **options)
+        compiled.append(kernel.__name__)
+
+    return launch_nothing
+
+
+def heads_outside(tokens: int, dim: int, dtype: torch.dtype) -> Tensor:
+    """(B, N, H, D) whose tokens follow each other: the stride of 16 channels is one vector."""
+    return torch.empty(2, 2, tokens, dim, dtype=dtype).transpose(1, 2)
+
+
+def linear(dim: int, dtype: torch.dtype) -> None:
+    query, key, value, out = (heads_outside(68, dim, dtype) for _ in range(4))
+    for options in (("relu", "ratio"), ("identity", "covariance")):
+        linear_attention_fwd(query, key, value, *options, 1.0, 1e-6)
+        linear_attention_bwd(out, query, key, value, *options, 1.0, 1e-6)
+
+
+def quadratic(dim: int, dtype: torch.dtype) -> None:
+    query, key, value, out = (heads_outside(68, dim, dtype) for _ in range(4))
+    for together in (False, True):
+        with pinned(bwd_way="quadratic", quadratic_together=together):
+            linear_attention_bwd(out, query, key, value, "relu", "ratio", 1.0, 1e-6)
+
+
+def local(dim: int, dtype: torch.dtype) -> None:
+    height, width, num_prefix = 9, 7, 5
+    query, key, value, out = (heads_outside(68, dim, dtype) for _ in range(4))
+    place = (height, width, num_prefix, 3.0, 0.25)
+    tensors = (query, key, value, key[:, :16], value[:, :16])
+    with pinned(local_prefix_way="general"):  # else cuDNN's, which is not compiled here
+        _, lse = local_attention_fwd(*tensors, *place)
+        local_attention_bwd(*tensors, out, lse, out, torch.empty_like(lse), *place)
+
+
+def convolution(channels: int, dtype: torch.dtype) -> None:
+    tokens = torch.empty(3, 6, channels, dtype=dtype)
+    for size, grid in ((3, (1, 6)), (5, (2, 3))):
+        token_conv2d_fwd(tokens, torch.empty(channels, size, size), None, tokens, 0, *grid)
+        token_conv2d_bwd_weight(tokens, tokens, channels, size, False, 0, *grid)
+
+
+driver.set_active(NoDevice())
+JITFunction.__getitem__ = compiles
+for module in (launch, linear_configs, local_configs):
+    module.architecture = lambda index: ARCHITECTURE
+for dtype in (torch.float32, torch.bfloat16):
+    convolution(8, dtype)
+    layer_norm_fwd(torch.empty(4, 48, dtype=dtype), *torch.empty(2, 48, dtype=dtype), 1e-6)
+for dim, dtype in ((16, torch.float32), (64, torch.bfloat16)):
+    linear(dim, dtype)
+    quadratic(dim, dtype)
+    local(dim, dtype)
+linear(288, torch.bfloat16)
+print(f"{len(compiled)} kernels for {ARCHITECTURE}: {', '.join(sorted(set(compiled)))}")
