@@ -103,7 +103,9 @@ def test_quadratic_order(length, num_keys, feature_map, normalizer):
     if normalizer == "ratio" and feature_map == "identity":
         q, k = q.abs(), k.abs()
     options = {"feature_map": feature_map, "normalizer": normalizer, "scale": 0.3, "eps": 1e-2}
-    compare([q, k, v], d_out, "quadratic", **options)
+    # The gradient of the query of a single key is what cancels, in the linear order too.
+    num_terms = 1 if num_keys == 1 else 0
+    compare([q, k, v], d_out, "quadratic", num_terms=num_terms, **options)
 
 
 @pytest.mark.usefixtures("poisoned")
