@@ -19,8 +19,10 @@ on_gpu_or_interpreted = pytest.mark.skipif(
 def results(function: Callable[..., Tensor], inputs: Sequence[Tensor], d_out: Tensor) -> list:
     """The output of `function(*inputs)` and the gradients of all inputs."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, d_out.to(out.dtype))]
+    # In this thread, else a GPU's backward pass would not see what the test has pinned.
+    with torch.autograd.set_multithreading_enabled(False):
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, d_out.to(out.dtype))]
 
 
 def assert_three_way(
