@@ -124,7 +124,7 @@ def unpack_study(folder: Path, output_dir: Path) -> bool:
         False if nothing was done.
 
     Raises:
-        ValueError: `folder` holds no packed study.
+        ValueError: `folder` holds no packed study, or one that would write elsewhere.
     """
     if output_dir.is_dir() and any(output_dir.iterdir()):
         return False
@@ -137,5 +137,24 @@ def unpack_study(folder: Path, output_dir: Path) -> bool:
         whole.seek(0)
         output_dir.mkdir(parents=True, exist_ok=True)
         with tarfile.open(fileobj=whole) as tar:
-            tar.extractall(output_dir, filter="data")
+            _extract(tar, output_dir)
     return True
+
+
+def _extract(tar: tarfile.TarFile, folder: Path) -> None:
+    """Files and folders only, all below `folder`; `extractall` knows no such filter before Python
+    3.11.4."""
+    members = tar.getmembers()
+    for member in members:
+        inside = (folder / member.name).resolve().is_relative_to(folder.resolve())
+        if not (inside and (member.isfile() or member.isdir())):
+            raise ValueError(f"`unpack` must hold files below its folder only, got {member.name}")
+    for member in members:
+        target = folder / member.name
+        content = tar.extractfile(member)
+        if content is None:
+            target.mkdir(parents=True, exist_ok=True)
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with content, target.open("wb") as file:
+            shutil.copyfileobj(content, file)

@@ -11,7 +11,12 @@ from lintra.tools import distill
 from tiny_text import make_tiny_cache, tiny_text_pipeline
 
 FOLDER = Path(lintra.configs.__file__).parent / "diffusion"
-RECIPES = sorted(p.stem for p in FOLDER.glob("*.yaml") if "prompt_cache" in p.read_text())
+# Those of studies are in test_studies.py.
+RECIPES = sorted(
+    p.stem
+    for p in FOLDER.glob("*.yaml")
+    if "prompt_cache" in p.read_text() and not p.stem.startswith("imagenette64")
+)
 CLEAR_LOSS = {"flow": 1.0, "output_distillation": 0.5, "attention_distillation": 0.05}
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+import tarfile
 import threading
 import time
 from dataclasses import replace
@@ -141,6 +142,14 @@ def test_a_packed_study_goes_on_elsewhere(done: Study, tmp_path: Path) -> None:
     # Another arm on the carried teacher.
     arms = {"more": Arm(title="more", lengths=[0.25])}
     assert train_and_measure(replace(elsewhere, arms=arms), "more") is None
+
+
+def test_a_packed_study_writes_below_its_folder_only(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "state.tar.00", "w") as tar:
+        tar.add(Path(__file__), arcname="../outside.py")
+    with pytest.raises(ValueError, match=r"`unpack` must hold files below .* got ../outside.py"):
+        unpack_study(tmp_path, tmp_path / "inner")
+    assert not (tmp_path / "outside.py").exists()
 
 
 def test_what_has_no_room_is_left_out(done: Study, tmp_path: Path) -> None:
