@@ -103,14 +103,14 @@ def _estimate(call: Callable[[], object], device: torch.device, warmup: int) -> 
     """Seconds that one call takes in all, and that the host takes to launch it."""
     call()  # compiles
     whole = host = 0.0
-    for index in range(max(1, warmup)):
+    for _ in range(max(1, warmup)):
         synchronize(device)
         start = time.perf_counter()
         call()
         launched = time.perf_counter()
         synchronize(device)
         whole, host = time.perf_counter() - start, launched - start
-        if index and whole > 1:  # a slow call needs no long warm-up
+        if whole > 1:  # a slow call needs no long warm-up
             break
     return whole, host
 
