@@ -174,6 +174,9 @@ class CheckpointKeeper:
                 is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
                 arguments = {"load_module_strict": False} if is_deepspeed else {}
                 self.accelerator.load_state(str(folder), **arguments)
+            for held in self.accelerator._custom_objects:
+                if isinstance(held, EMAModel):
+                    held.to(self.accelerator.device)  # accelerate reads them to the CPU
         except Exception as error:  # safetensors, zip, pickle and json each have their own
             raise ValueError(
                 f"`checkpoint.resume_from_checkpoint` must be a whole checkpoint, but {folder}"

@@ -120,6 +120,20 @@ def test_resume_is_exact(teacher, tmp_path):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.gpu
+def test_resume_on_a_gpu(teacher, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    checkpoint = {"checkpointing_steps": 3}
+    interrupted = Trainer(distillation_recipe(tmp_path, teacher, checkpoint=checkpoint))
+    interrupted.keeper.save = _then_stop(interrupted.keeper.save)
+    with pytest.raises(_Killed):
+        interrupted.run()
+    resume = {**checkpoint, "resume_from_checkpoint": "latest"}
+    resumed = Trainer(distillation_recipe(tmp_path, teacher, checkpoint=resume))
+    assert all(average.is_cuda for average in resumed.ema.shadow_params)
+    assert resumed.run().step == 6
+
+
 class _Killed(Exception):
     pass
 
