@@ -3,7 +3,7 @@
 Every arm is the recipe with other `model.args`; each runs with each seed, several at once if the
 device has room. The table has the last accuracy after recalibration, mean and deviation over seeds,
 and images a second before and after folding, measured when no run is left. A finished run is not
-repeated.
+repeated; with `--no-training` none begins.
 """
 
 import argparse
@@ -26,6 +26,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=DEFAULT_ARMS, choices=list(ARMS))
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument(
+        "--no-training", action="store_true", help="the table of what is there, all speeds"
+    )
     parser.add_argument("--table", help="file for the table, beside printing it")
     parser.add_argument("--throughput-batch", type=int, default=256)
     parser.add_argument("--throughput-seconds", type=float, default=2.0)
@@ -41,16 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = {arm: [arm_recipe(recipe, arm, seed) for seed in options.seeds] for arm in options.arms}
     try:
         # One seed of every arm first: a study that is cut short still compares.
-        train_all([run for each in zip(*runs.values(), strict=True) for run in each], options.jobs)
+        rows = [] if options.no_training else zip(*runs.values(), strict=True)
+        train_all([run for each in rows for run in each], options.jobs)
+        text = table(
+            runs, command, batch_size=options.throughput_batch, seconds=options.throughput_seconds
+        )
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
     except (RuntimeError, ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    text = table(
-        runs, command, batch_size=options.throughput_batch, seconds=options.throughput_seconds
-    )
     print(text)
     if options.table is not None:
         Path(options.table).parent.mkdir(parents=True, exist_ok=True)

@@ -69,6 +69,11 @@ def test_study_writes_its_table(
     assert backbone_study.main([*words, "--output_dir", str(tmp_path / "diverged")]) == 0
     table = (tmp_path / "results" / "table.md").read_text()
     assert "| SLA, PRepBN (SLAB) | diverged | diverged (loss nan at step 3), " in table
+    new = [*words, "--output_dir", str(tmp_path / "untrained"), "--no-training"]
+    assert backbone_study.main(new) == 0
+    assert not (tmp_path / "untrained").exists()
+    untrained = "| SLA, PRepBN (SLAB) | not trained | not finished, not finished | - | 1 | 1 |"
+    assert untrained in (tmp_path / "results" / "table.md").read_text()
     monkeypatch.setattr(BackboneTrainer, "run", run)
     bad = [*words, "--model.name", "nothing", "--output_dir", str(tmp_path / "new")]
     assert backbone_study.main(bad) == 2

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import timm
 import torch
+from torch import nn
 
 from ..fold import fold_norms
 from .config import Recipe
 from .data import image_size
-from .loop import BackboneTrainer, TrainingDiverged
+from .loop import BackboneTrainer, TrainingDiverged, create_backbone
 from .records import StopRequest, read_metrics
 from .throughput import images_per_second
 
@@ -37,6 +38,8 @@ DEFAULT_ARMS = [
     "SLA, LayerNorm",
     "SLA, PRepBN (SLAB)",
 ]
+# Of a model whose speed is measured without weights: the head is too small to matter.
+_UNTRAINED_CLASSES = 10
 COLUMNS = ("arm", "top-1 %", "per seed", "parameters M", "images/s", "folded images/s")
 
 
@@ -137,26 +140,33 @@ def _outcome(run: Recipe) -> str:
     return f"{_last_accuracy(folder):.2f} %" if (folder / "last").is_dir() else "not finished"
 
 
-def _row(
-    arm: str, runs: Sequence[Recipe], batch_size: int, seconds: float, device: str
-) -> list[str]:
-    """One arm's row of the table; its speed is that of its first run that did not diverge."""
-    ended = [Path(run.output_dir) for run in runs if (Path(run.output_dir) / "last").is_dir()]
-    each = ", ".join(_outcome(run).removesuffix(" %") for run in runs)
-    if not ended:
-        return [arm, "diverged", each, "-", "-", "-"]
-    model = timm.create_model(f"local-dir:{ended[0] / 'last'}", pretrained=True).to(device)
-    parameters = sum(p.numel() for p in model.parameters())
-    sizes = image_size(model)
-    dtype = torch.bfloat16 if device == "cuda" else None
-    speeds = []
-    for prepare in (lambda network: network, fold_norms):  # the latter in place
+def _speeds(model: nn.Module, batch_size: int, seconds: float, device: str) -> list[str]:
+    """Images a second before and after folding, which is done in place."""
+    sizes, dtype = image_size(model), torch.bfloat16 if device == "cuda" else None
+    found = []
+    for prepare in (lambda network: network, fold_norms):
         network = prepare(model)
-        speeds.append(
+        found.append(
             images_per_second(
                 network, (3, *sizes), batch_size=batch_size, dtype=dtype, seconds=seconds
             )
         )
+    return [f"{speed:.0f}" for speed in found]
+
+
+def _row(
+    arm: str, runs: Sequence[Recipe], batch_size: int, seconds: float, device: str
+) -> list[str]:
+    """One arm's row of the table; its speed is that of its first run with weights, or of none."""
+    ended = [Path(run.output_dir) for run in runs if (Path(run.output_dir) / "last").is_dir()]
+    each = ", ".join(_outcome(run).removesuffix(" %") for run in runs)
+    if not ended:
+        model = create_backbone(runs[0], _UNTRAINED_CLASSES).to(device)
+        has_diverged = any((Path(run.output_dir) / "diverged").exists() for run in runs)
+        outcome = "diverged" if has_diverged else "not trained"
+        return [arm, outcome, each, "-", *_speeds(model, batch_size, seconds, device)]
+    model = timm.create_model(f"local-dir:{ended[0] / 'last'}", pretrained=True).to(device)
+    parameters = sum(p.numel() for p in model.parameters())
     accuracies = [_last_accuracy(folder) for folder in ended]
     deviation = f" +- {statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
     share = f" ({len(ended)} of {len(runs)} runs)" if len(ended) < len(runs) else ""
@@ -165,7 +175,7 @@ def _row(
         f"{statistics.mean(accuracies):.2f}{deviation}{share}",
         each,
         f"{parameters / 1e6:.2f}",
-        *(f"{speed:.0f}" for speed in speeds),
+        *_speeds(model, batch_size, seconds, device),
     ]
 
 
@@ -175,7 +185,7 @@ def table(
     """Markdown: accuracy after recalibration, and images a second before and after folding.
 
     Args:
-        runs: arm -> its runs, finished or diverged.
+        runs: arm -> its runs, finished, diverged or not begun: speed needs no training.
         command: that made them, for the last line.
         batch_size: images at a time, for the speed.
         seconds: that each speed is measured.
