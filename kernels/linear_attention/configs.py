@@ -117,15 +117,11 @@ BWD_DKV_WIDE: Table = {
     (0, 4, 320): Launch(16, 8, 1, 16),
     (90, 2, 320): Launch(64, 8, 3),
 }
-BWD_QUADRATIC_QUERIES: Table = {
-    (0, 2, 128): Launch(64, 4, 1),
-    (0, 2, 320): Launch(64, 8, 1, 32),
-    (0, 4, 128): Launch(32, 4, 1, 32),
-    (0, 4, 320): Launch(16, 8, 1, 16),
+# Two places in each of two rings: more than 288 channels leave memory for halved tiles only.
+BWD_QUADRATIC_HOPPER: Table = {
+    (90, 2, 288): Launch(128, 8, 2),
+    (90, 2, 320): Launch(128, 8, 3, 32),
 }
-BWD_QUADRATIC_KEYS: Table = BWD_QUADRATIC_QUERIES
-BWD_QUADRATIC_HOPPER: Table = FWD_QUADRATIC_HOPPER
-BWD_QUADRATIC_HOPPER_TOGETHER: Table = {(90, 2, 128): Launch(64, 4, 2)}
 TABLES: dict[str, Table] = {
     "fwd_fused": FWD_FUSED,
     "fwd_moments": FWD_MOMENTS,
@@ -137,11 +133,8 @@ TABLES: dict[str, Table] = {
     "bwd_queries": BWD_QUERIES,
     "bwd_queries_keys_first": BWD_QUERIES_KEYS_FIRST,
     "bwd_keys": BWD_KEYS,
-    "bwd_quadratic_queries": BWD_QUADRATIC_QUERIES,
-    "bwd_quadratic_keys": BWD_QUADRATIC_KEYS,
     "bwd_quadratic_hopper_queries": BWD_QUADRATIC_HOPPER,
     "bwd_quadratic_hopper_keys": BWD_QUADRATIC_HOPPER,
-    "bwd_quadratic_hopper_together": BWD_QUADRATIC_HOPPER_TOGETHER,
     "bwd_dq_wide": BWD_DQ_WIDE,
     "bwd_dkv_wide": BWD_DKV_WIDE,
 }
@@ -223,46 +216,42 @@ def value_block(head_dim: int, value_dim: int, element_size: int) -> int:
     return limit
 
 
-# (over, up to, keys): widths of heads whose quadratic order is taken for up to so many keys, by
-# direction and kernel; where it was measured to be faster, bfloat16 on an H100.
-_QUADRATIC: dict[tuple[str, str], tuple[tuple[int, int, int], ...]] = {
-    ("fwd", "hopper"): ((64, 96, 256), (128, 320, 256)),
-    ("fwd", "general"): ((256, 320, 256),),
+# (over, up to, tokens): widths of heads whose quadratic order is taken for up to so many tokens, by
+# kernel; where it was measured to be faster: bfloat16, H100, batch 64, as many queries as keys.
+_QUADRATIC: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "hopper": ((64, 96, 256), (128, 160, 256), (160, 320, 512)),
+    "general": ((256, 320, 256),),
 }
 
 
-def quadratic_kernel(query: Tensor, key: Tensor, value: Tensor, *others: Tensor) -> str:
-    """hopper: the kernel for the copy engine and the tensor cores of one architecture; general.
-
-    `others` are what else the kernel reads."""
+def quadratic_kernel(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """hopper: the kernels for the copy engine and the tensor cores of one architecture; general:
+    one for the forward pass only, since gradients of the linear order were faster."""
     hopper = (
         architecture(query.get_device()) == 90
         and query.dtype == torch.bfloat16
         and query.shape[3] == value.shape[3]
-        and all(x.shape[3] % 8 == 0 and copy_engine_takes(x) for x in (query, key, value, *others))
+        and all(x.shape[3] % 8 == 0 and copy_engine_takes(x) for x in (query, key, value))
         and knows_gluon()
     )
     return pin_or("quadratic_kernel", "hopper" if hopper else "general")
 
 
-def quadratic_together(head_dim: int) -> bool:
-    """Whether the gradients of a key and its value fit into the registers of one program."""
-    return pin_or("quadratic_together", head_dim <= 128)
-
-
-def _is_quadratic(name: str, query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _is_quadratic(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the quadratic order was measured to be faster."""
     if architecture(query.get_device()) != 90 or query.dtype != torch.bfloat16:
         return False
-    rows = _QUADRATIC.get((name, quadratic_kernel(query, key, value)), ())
-    width, keys = max(query.shape[3], value.shape[3]), key.shape[1]
-    return any(over < width <= up_to and keys <= most for over, up_to, most in rows)
+    # Queries count as keys do: many more of them cost the linear order half as much, and programs
+    # that own keys pass them all.
+    width, tokens = max(query.shape[3], value.shape[3]), max(query.shape[1], key.shape[1])
+    rows = _QUADRATIC[quadratic_kernel(query, key, value)]
+    return any(over < width <= up_to and tokens <= most for over, up_to, most in rows)
 
 
 def way_of(name: str, query: Tensor, key: Tensor, value: Tensor, normalizer: str) -> str:
     """fused: one program a head; split: ranges of tokens around a state that a program can keep;
-    wide: around one that it cannot; quadratic: no state, but neither a covariance nor gradients of
-    float16.
+    wide: around one that it cannot; quadratic: no state, but no covariance, and gradients by the
+    kernels for Hopper only.
 
     `name` is fwd or bwd.
     """
@@ -279,10 +268,10 @@ def way_of(name: str, query: Tensor, key: Tensor, value: Tensor, normalizer: str
         widest = _MAX_FUSED_DIM.get(architecture(query.get_device()), MAX_NARROW_DIM)
     around_a_state = "split" if width <= MAX_NARROW_DIM else "wide"
     linear = "fused" if short and width <= widest else around_a_state
-    chosen = "quadratic" if _is_quadratic(name, query, key, value) else linear
+    chosen = "quadratic" if _is_quadratic(query, key, value) else linear
     way = pin_or(f"{name}_way", chosen)
-    # float16 shifts its values in the backward pass, which takes sums over them all.
-    only_linear = normalizer == "covariance" or (name == "bwd" and query.dtype == torch.float16)
+    kernel = quadratic_kernel(query, key, value)
+    only_linear = normalizer == "covariance" or (name == "bwd" and kernel == "general")
     return linear if way == "quadratic" and only_linear else way
 
 

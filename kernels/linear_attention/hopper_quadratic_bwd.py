@@ -1,11 +1,17 @@
-"""Backward pass of the quadratic order of linear attention for Hopper; the mathematics is that of
-`triton_quadratic_bwd.py`.
+"""Backward pass of linear attention in the quadratic order, for Hopper: cheaper if tokens are few.
 
-Each gradient is a sum (a b^T) c, as the output is: of a = do, b = v, c = phi(k) for dq, of phi(k),
-phi(q), do for dv and of v, do, phi(q) for dk. A program owns a tile of a and passes tiles of b and
-c by it, in the manner of `hopper_quadratic.py`. dk and dv of narrow heads fit into the registers of
-one program, which then passes queries and their gradients once for both; wider ones take two
-programs, which follow each other, so that these tiles come from the L2 cache.
+With a_ij = phi(q_i) . phi(k_j), p_ij = do_i . v_j, z = sum_j phi(k_j), t_i = sum_j p_ij phi(k_j),
+w_i = s / (s phi(q_i) . z + eps) and c_i = w_i^2 phi(q_i) . t_i, which is w_i do_i . o_i:
+
+ratio: dphi(q_i) = w_i t_i - c_i z, dphi(k_j) = sum_i (w_i p_ij - c_i) phi(q_i),
+    dv_j = sum_i w_i a_ij do_i
+none: the same with w_i = s and c_i = 0
+
+so that each gradient is a sum (a b^T) c, as the output is: of a = do, b = v, c = phi(k) for dq, of
+phi(k), phi(q), do for dv and of v, do, phi(q) for dk. The first product, in its final form, is
+rounded to bfloat16 for the second. A program owns a tile of a and passes tiles of b and c by it, in
+the manner of `hopper_quadratic.py`. One launch gives dq, w and c; one dk and dv, whose programs
+follow each other, so that tiles of queries and their gradients come from the L2 cache.
 """
 
 from collections.abc import Sequence
@@ -17,7 +23,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .._common.launch import ceil_div, empty
+from .._common.launch import ceil_div, copy_engine_takes, empty
 from . import configs
 from .hopper_blocks import (
     activate,
@@ -34,7 +40,6 @@ from .hopper_blocks import (
     wait_for,
     weigh,
 )
-from .hopper_quadratic_together import linear_attention_bwd_quadratic_together_hopper_kernel
 
 
 @gluon.jit
@@ -337,7 +342,12 @@ def backward_quadratic_hopper(
     feature_map: str, normalizer: str, scale: float, eps: float,
 ) -> None:  # fmt: skip
     """Fills `grads`, those of query, key and value, from `inputs`: d_out, query, key and value. No
-    covariance, bfloat16 and as many value as head channels only."""
+    covariance, bfloat16 and as many value as head channels only, in multiples of 8."""
+    # A plan knows strides but not addresses, and the gradient of a sum repeats one number.
+    inputs = tuple(
+        x if copy_engine_takes(x) else x.clone(memory_format=torch.contiguous_format)
+        for x in inputs
+    )
     _, query, key, _ = inputs
     batch, num_queries, heads, head_dim = query.shape
     rows, num_keys = batch * heads, key.shape[1]
@@ -357,19 +367,13 @@ def backward_quadratic_hopper(
         num_warps=own // 16, **options,
     )  # fmt: skip
 
-    together = configs.quadratic_together(head_dim)
-    name = f"bwd_quadratic_hopper_{'together' if together else 'keys'}"
+    name = "bwd_quadratic_hopper_keys"
     launch = configs.launch_of(name, query, head_dim)
     parts = configs.parts_of(head_dim, "d", name, query.dtype)
     own, other = launch.block, launch.step
     tiles, steps = ceil_div(num_keys, own), weights.shape[1] // other
     boxes = _boxes((*inputs, *grads[1:]), (other, other, own, own, own, own), parts)
-    kernel, programs = (
-        (linear_attention_bwd_quadratic_together_hopper_kernel, rows * tiles)
-        if together
-        else (_linear_attention_bwd_quadratic_keys_hopper_kernel, rows * tiles * 2)
-    )
-    kernel[(programs,)](
+    _linear_attention_bwd_quadratic_keys_hopper_kernel[(rows * tiles * 2,)](
         *boxes, weights, offsets, num_queries, tiles, steps, heads, scale,
         D0=parts[0], D1=parts[1], BLOCK=own, STEP=other, STAGES=launch.stages,
         num_warps=own // 16, **options,

@@ -49,7 +49,6 @@ from .triton_blocks import (
 )
 from .triton_bwd_wide import key_side_wide, query_side_wide
 from .triton_keys_first import moments_keys_first, query_sweep_keys_first
-from .triton_quadratic_bwd import backward_quadratic
 from .triton_state import State, empty_parts, forward_state, reduce_parts, transposed
 
 
@@ -485,7 +484,9 @@ def linear_attention_bwd(
             fused(d_out, query, key, value, dq, dk, dv)
             return dq, dk, dv
         if way == "quadratic":
-            backward_quadratic((d_out, query, key, value), (dq, dk, dv), *options)
+            from .hopper_quadratic_bwd import backward_quadratic_hopper  # not in every triton
+
+            backward_quadratic_hopper((d_out, query, key, value), (dq, dk, dv), *options)
             return dq, dk, dv
         query_side = query_side_wide if way == "wide" else _query_side
         key_side = key_side_wide if way == "wide" else _key_side

@@ -26,6 +26,8 @@ from lintra.kernels.token_conv.triton_bwd import token_conv2d_bwd_weight
 from lintra.kernels.token_conv.triton_fwd import token_conv2d_fwd
 
 ARCHITECTURE = int(sys.argv[1])
+SHARED_MEMORY = {90: 227 * 1024}  # bytes that a program may have
+LINEAR = (("relu", "ratio"), ("identity", "covariance"))
 compiled = []
 
 
@@ -44,7 +46,8 @@ class NoDevice:
 
 def compiles(kernel: JITFunction, grid: tuple[int, ...]):
     def launch_nothing(*arguments, **options):
-        kernel.warmup(*arguments, grid=grid, **options)
+        binary = kernel.warmup(*arguments, grid=grid, **options)
+        assert binary.metadata.shared <= SHARED_MEMORY[ARCHITECTURE], kernel.__name__
         compiled.append(kernel.__name__)
 
     return launch_nothing
@@ -55,18 +58,11 @@ def heads_outside(tokens: int, dim: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(2, 2, tokens, dim, dtype=dtype).transpose(1, 2)
 
 
-def linear(dim: int, dtype: torch.dtype) -> None:
+def linear(dim: int, dtype: torch.dtype, *members: tuple[str, str]) -> None:
     query, key, value, out = (heads_outside(68, dim, dtype) for _ in range(4))
-    for options in (("relu", "ratio"), ("identity", "covariance")):
+    for options in members:
         linear_attention_fwd(query, key, value, *options, 1.0, 1e-6)
         linear_attention_bwd(out, query, key, value, *options, 1.0, 1e-6)
-
-
-def quadratic(dim: int, dtype: torch.dtype) -> None:
-    query, key, value, out = (heads_outside(68, dim, dtype) for _ in range(4))
-    for together in (False, True):
-        with pinned(bwd_way="quadratic", quadratic_together=together):
-            linear_attention_bwd(out, query, key, value, "relu", "ratio", 1.0, 1e-6)
 
 
 def local(dim: int, dtype: torch.dtype) -> None:
@@ -94,8 +90,11 @@ for dtype in (torch.float32, torch.bfloat16):
     convolution(8, dtype)
     layer_norm_fwd(torch.empty(4, 48, dtype=dtype), *torch.empty(2, 48, dtype=dtype), 1e-6)
 for dim, dtype in ((16, torch.float32), (64, torch.bfloat16)):
-    linear(dim, dtype)
-    quadratic(dim, dtype)
+    linear(dim, dtype, *LINEAR)
     local(dim, dtype)
-linear(288, torch.bfloat16)
+with pinned(fwd_way="wide", bwd_way="wide"):
+    linear(288, torch.bfloat16, *LINEAR)
+for dim in (64, 288, 320):  # one part of channels, and the most memory of each launch
+    with pinned(fwd_way="quadratic", bwd_way="quadratic"):
+        linear(dim, torch.bfloat16, ("relu", "ratio"))
 print(f"{len(compiled)} kernels for {ARCHITECTURE}: {', '.join(sorted(set(compiled)))}")
