@@ -66,7 +66,7 @@ class LinearTransformerMixin(PeftAdapterMixin):
     @classmethod
     def _load_pretrained_model(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
         # diffusers leaves what a checkpoint lacks without values: the convolutions of a stock one.
-        result = super()._load_pretrained_model(model, *args, **kwargs)  # type: ignore[misc]
+        result = super()._load_pretrained_model(model, *args, **kwargs)
         missing, dtype = set(result[1]), kwargs.get("dtype")
         for name, module in model.named_modules():
             if isinstance(module, ValueConv2d) and f"{name}.weight" in missing:

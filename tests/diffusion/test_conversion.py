@@ -46,11 +46,13 @@ def converted(tmp_path_factory, vae):
     return folder / "out", report
 
 
-def test_the_pipeline_opens_and_samples(converted):
+def test_the_pipeline_opens_and_samples(converted, tmp_path):
     pipeline = load_pipeline(converted[0])
     assert isinstance(pipeline, DiTPipeline)
     assert isinstance(pipeline.transformer, OfficialDiTTransformer2DModel)
     assert pipeline.labels == {"cat": 3, "dog": 4, "kitty": 3}
+    pipeline.save_pretrained(tmp_path)
+    assert load_pipeline(tmp_path).labels == pipeline.labels
     images = sample_images(pipeline, [3, 9], num_inference_steps=2)
     assert images.shape == (2, 3, 16, 16)
 
