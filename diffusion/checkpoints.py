@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,6 +75,9 @@ def read_dit_file(path: str | Path, *, prefer_ema: bool = True) -> tuple[str, St
                 contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, safetensors and torch each have their own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            # torch would tell how to run the code of the file.
+            reason = "cut off, or with other objects than tensors and options"
         raise ValueError(
             "`checkpoint` must be a whole file of tensors by torch.save or safetensors, got"
             f" {str(path)!r}: {reason}"

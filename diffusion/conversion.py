@@ -24,6 +24,7 @@ LICENCE_NOTE = (
 TARGETS = ("dit", "lit")
 # Pixels a latent of the autoencoder that DiT was trained with.
 _LATENT_FACTOR = 8
+_IMAGENET_CLASSES = 1000
 _FORM_NOTES = {
     "official": "the authors' (time frequencies 10000^(-i/128), norm_eps 1e-6): outputs are those"
     " of their code; opening it needs lintra",
@@ -121,14 +122,22 @@ def _image_size(model: DiTTransformer2DModel, vae: ModelMixin | None) -> int:
     return factor * model.config.sample_size
 
 
+def _imagenet_labels() -> dict[int, str]:
+    from torchvision.models import ResNet50_Weights
+
+    return dict(enumerate(ResNet50_Weights.IMAGENET1K_V2.meta["categories"]))
+
+
 def read_labels(source: str | Path | Mapping[int, str] | None, num_classes: int) -> dict[int, str]:
     """Class names by number, of a dict or a JSON file: an object by number, or a list.
+
+    None gives those of ImageNet for its 1000 classes, as torchvision spells them, otherwise none.
 
     Raises:
         ValueError: no such file, another format, or a number that is no class.
     """
     if source is None:
-        return {}
+        return _imagenet_labels() if num_classes == _IMAGENET_CLASSES else {}
     names: Any = source
     if isinstance(source, str | Path):
         try:
@@ -172,7 +181,7 @@ def convert_official_dit(
         form: see `load_official_dit`.
         vae: folder of the `AutoencoderKL`, or of a pipeline that has one. None: models of 1 or 3
             channels work on pixels; the pipelines of others have none until one is given.
-        id2label: names of classes, see `read_labels`.
+        id2label: names of classes, see `read_labels`; an empty mapping for none.
         model: raises unless the weights are of this model, e.g. ``DiT-XL/2``.
         image_size: raises unless they are of this size, pixels.
         num_heads, num_classes: see `infer_dit_config`.

@@ -151,7 +151,11 @@ def load_pipeline(path: str | Path, **kwargs: Any) -> DiffusionPipeline:
         for name, entry in index.items():
             if entry == [None, None]:  # saved without, e.g. text encoders: diffusers asks again
                 kwargs.setdefault(name, None)
-    return DiffusionPipeline.from_pretrained(path, **kwargs)
+    pipeline = DiffusionPipeline.from_pretrained(path, **kwargs)
+    if kwargs.get("id2label"):
+        # The pipeline does not record this argument: it would be lost when saved again.
+        pipeline.register_to_config(id2label=kwargs["id2label"])
+    return pipeline
 
 
 def swap_transformer(pipeline: DiffusionPipeline, transformer: ModelMixin) -> DiffusionPipeline:

@@ -27,6 +27,14 @@ def write_npz(path: Path, count: int, seed: int = 0) -> Path:
     return path
 
 
+def write_files(folder: Path) -> dict[str, str]:
+    """Training and validation images."""
+    return {
+        "train": str(write_npz(folder / "train.npz", 52)),
+        "val": str(write_npz(folder / "val.npz", 13, seed=1)),
+    }
+
+
 def small_recipe(folder: Path, files: dict[str, str], **groups: dict[str, Any]) -> Recipe:
     recipe = Recipe(
         output_dir=str(folder),

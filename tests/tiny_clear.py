@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lintra.diffusion import ClearFluxTransformer2DModel, ClearSD3Transformer2DModel
+from tiny_models import tiny_vae
 
 FLUX = {
     "in_channels": 16,
@@ -174,26 +174,11 @@ class DenseOracle(TorchFunctionMode):
         return pooled.flatten(1).unflatten(0, tokens.mT.shape[:3]).mT
 
 
-def _vae(latent_channels: int) -> AutoencoderKL:
-    """Halves the sides of RGB images."""
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        latent_channels=latent_channels,
-        norm_num_groups=4,
-        scaling_factor=0.5,
-        shift_factor=0.1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    return vae.eval()
-
-
 def tiny_clear_pipeline(family: str, transformer: Any) -> Any:
     torch.manual_seed(0)
     nothing = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    common = {"scheduler": FlowMatchEulerDiscreteScheduler(), "vae": _vae(4), **nothing}
+    vae = tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)
+    common = {"scheduler": FlowMatchEulerDiscreteScheduler(), "vae": vae, **nothing}
     if family == "flux":
         pipeline = FluxPipeline(transformer=transformer, **common)
     else:

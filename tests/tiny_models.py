@@ -33,18 +33,18 @@ def tiny_lit(**changes: object) -> LiTTransformer2DModel:
     return randomize(LiTTransformer2DModel(**{**TINY, **changes})).eval()
 
 
-def tiny_vae() -> AutoencoderKL:
-    """Halves 16 x 16 RGB images to 8 x 8 latents of 4 channels."""
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=0.5,
-    )
-    return vae.eval()
+def tiny_vae(**changes: object) -> AutoencoderKL:
+    """Halves the sides of RGB images, 16 x 16 by default; latents of 4 channels."""
+    config = {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "sample_size": 16,
+        "scaling_factor": 0.5,
+    }
+    return AutoencoderKL(**{**config, **changes}).eval()
 
 
 def tiny_pipeline(transformer: torch.nn.Module, vae: torch.nn.Module | None = None) -> DiTPipeline:

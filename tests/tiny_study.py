@@ -5,8 +5,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from lintra.diffusion.study import speed
 from lintra.diffusion.study.config import Arm, Study
 from lintra.diffusion.study.evaluation import Evaluation
+from lintra.diffusion.study.worker import measure_speed, train_and_measure
 from lintra.diffusion.training.config import DataConfig
 from tiny_clear import FLUX
 from tiny_recipes import DISTILLATION, TEXT_LOSSES, digits_recipe
@@ -88,3 +92,12 @@ def make_clear_study(folder: Path, **changes: object) -> Study:
         "about": "What this is.\n",
     }
     return replace(study, **{**common, **changes})
+
+
+def finish_study(study: Study) -> None:
+    """Trains and measures every run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(speed, "_SPEED_SECONDS", 0.01)
+        for run in study.runs:
+            assert train_and_measure(study, run) is None
+        measure_speed(study, compiled=False)

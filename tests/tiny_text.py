@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -27,6 +26,7 @@ from lintra.diffusion.training.captions import read_captions
 from lintra.diffusion.training.prompt_cache_build import build_prompt_cache, pipeline_encoders
 from lintra.diffusion.training.text_pipelines import open_encoders
 from tiny_clear import FLUX, SD3, tiny_stock
+from tiny_models import tiny_vae
 from tiny_pixart import tiny_pixart
 
 CAPTIONS = ["a red cube", "two cats", "the sea", "a tall tree", "rain", "a wide road", "snow"]
@@ -68,25 +68,12 @@ def _t5() -> T5EncoderModel:
     return T5EncoderModel(config).eval()
 
 
-def _vae() -> AutoencoderKL:
-    """Halves the sides of RGB images; 4 channels."""
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
-        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
-        latent_channels=4,
-        norm_num_groups=4,
-        scaling_factor=0.5,
-        shift_factor=0.1,
-    )
-    return vae.eval()
-
-
 def tiny_text_pipeline(family: str, seed: int = 0) -> Any:
     """`flux`, `sd3` or `pixart`; latents of 4 channels, half the sides of the images."""
     torch.manual_seed(seed)
     t5 = {"flux": "_2", "sd3": "_3", "pixart": ""}[family]
-    common = {f"text_encoder{t5}": _t5(), f"tokenizer{t5}": _t5_tokenizer(), "vae": _vae()}
+    vae = tiny_vae(shift_factor=0.1)
+    common = {f"text_encoder{t5}": _t5(), f"tokenizer{t5}": _t5_tokenizer(), "vae": vae}
     if family == "pixart":
         pipeline = PixArtSigmaPipeline(
             transformer=tiny_pixart(),

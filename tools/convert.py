@@ -31,7 +31,7 @@ def _official_dit(options: argparse.Namespace) -> str:
     report = convert_official_dit(
         options.checkpoint,
         options.output,
-        to=options.target,
+        to=options.to,
         policy=options.inherit,
         form=options.form,
         vae=options.vae,
@@ -61,12 +61,15 @@ def _official_clear(options: argparse.Namespace) -> str:
     return f"{report}\nopen with lintra.diffusion.load_pipeline('{options.output}')"
 
 
-# Name of a source -> what converts it and returns the text to print.
-SOURCES: dict[str, Callable[[argparse.Namespace], str]] = {
-    "slab": _official_backbone,
-    "inline": _official_backbone,
-    "dit": _official_dit,
-    "clear": _official_clear,
+_BACKBONE = ("model", "no_ema", "img_size")
+_DIT = ("to", "inherit", "num_linear_heads", "form", "vae", "labels", "num_heads", "num_classes")
+_CLEAR = ("base", "radius", "down_factor")
+# Name of a source -> what converts it and returns the text to print, and the options it reads.
+SOURCES: dict[str, tuple[Callable[[argparse.Namespace], str], tuple[str, ...]]] = {
+    "slab": (_official_backbone, _BACKBONE),
+    "inline": (_official_backbone, _BACKBONE),
+    "dit": (_official_dit, (*_BACKBONE, *_DIT)),
+    "clear": (_official_clear, _CLEAR),
 }
 
 
@@ -81,14 +84,14 @@ def _parser() -> argparse.ArgumentParser:
         "--img-size", type=int, help="resample position tables to this size; dit: expect it"
     )
     dit = parser.add_argument_group("dit")
-    dit.add_argument("--to", dest="target", default="dit", help="dit, or lit for a student")
+    dit.add_argument("--to", default="dit", help="dit, or lit for a student")
     dit.add_argument("--inherit", default="all_but_attention", help="what a LiT takes, a policy")
     dit.add_argument("--num-linear-heads", type=int, help="heads of a LiT")
     dit.add_argument(
         "--form", default="official", help="official, or diffusers for its own numbers"
     )
     dit.add_argument("--vae", help="folder of the AutoencoderKL, or of a pipeline that has it")
-    dit.add_argument("--labels", help="JSON file of class names by number")
+    dit.add_argument("--labels", help="JSON file of class names by number; default: ImageNet's")
     dit.add_argument("--num-heads", type=int, help="heads, if not of size S, B, L or XL")
     dit.add_argument("--num-classes", type=int, help="classes, without the one for none")
     clear = parser.add_argument_group("clear")
@@ -100,9 +103,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 2 for wrong arguments or a checkpoint that does not fit."""
-    options = _parser().parse_args(list(sys.argv[1:] if argv is None else argv))
+    parser = _parser()
+    options = parser.parse_args(list(sys.argv[1:] if argv is None else argv))
+    convert, reads = SOURCES[options.source]
     try:
-        print(SOURCES[options.source](options))
+        for name in (*_BACKBONE, *_DIT, *_CLEAR):
+            value = getattr(options, name)
+            if name not in reads and value != parser.get_default(name):
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(
+                    f"`{flag}` must not be given for --from {options.source}, got {value}"
+                )
+        print(convert(options))
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

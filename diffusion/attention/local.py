@@ -161,6 +161,11 @@ class ClearAttnProcessor(nn.Module):
             text_out = attn.to_add_out(text_out)
         return _project_out(attn, image_out), text_out
 
+    def _scale(self, num_tokens: int, head_dim: int) -> float:
+        return proportional_attention_scale(
+            num_tokens, head_dim, pooled=self.spatial_weight is not None
+        )
+
     def _attend(
         self,
         query: Tensor,
@@ -172,10 +177,7 @@ class ClearAttnProcessor(nn.Module):
     ) -> Tensor:
         """``(B, T + h * w, H, D)`` each, text first."""
         num_tokens, _, head_dim = query.shape[1:]
-        pooled = self.spatial_weight is not None
-        scale = None
-        if proportional_scale:
-            scale = proportional_attention_scale(num_tokens, head_dim, pooled)
+        scale = self._scale(num_tokens, head_dim) if proportional_scale else None
         if self.full_attention:
             return dispatch_attention_fn(
                 query, key, value, scale=scale, backend=self._attention_backend
@@ -190,7 +192,7 @@ class ClearAttnProcessor(nn.Module):
                 f"`spatial_shape` must fit into the {num_tokens} tokens, got {height} x {width}"
             )
         extra_key = extra_value = None
-        if pooled:
+        if self.spatial_weight is not None:
             # Through nn.Module, so that hooks which bring an offloaded weight here see the call.
             extra_key, extra_value = (
                 super(ClearAttnProcessor, self).__call__(tokens[:, num_text:], spatial_shape)
@@ -228,11 +230,9 @@ class ClearAttnProcessor(nn.Module):
         assert radius is not None
         height, width = spatial_shape
         num_text = query.shape[1] - len(shard.rows) * width
-        pooled = self.spatial_weight is not None
         scale = None
         if proportional_scale:
-            count = num_text + height * width
-            scale = proportional_attention_scale(count, query.shape[-1], pooled)
+            scale = self._scale(num_text + height * width, query.shape[-1])
         extra_key = extra_value = None
         if self.down_factor is not None:
             factor = self.down_factor

@@ -1,6 +1,5 @@
 """Generated images against a data source: class accuracy and Frechet distance."""
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..training.images import ImageSource
+from .class_names import imagenet_ranks
 from .features import FeatureSpace
 from .frechet import frechet_distance
 
@@ -120,10 +120,8 @@ def match_classes(
         return list(class_ids)
     if classes == space.classes:
         return list(range(known))
-    if len(set(classes)) == known and all(re.fullmatch(r"n\d{8}", name) for name in classes):
-        # ImageNet's labels are the order of its WordNet ids.
-        rank = {name: index for index, name in enumerate(sorted(classes))}
-        return [rank[name] for name in classes]
+    if (ranks := imagenet_ranks(classes, known)) is not None:
+        return ranks
     names = [name.lower() for name in space.classes]
     unclear = [name for name in classes if names.count(name.lower()) != 1]
     if unclear:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..training.images import ImageSource, open_images
+from .class_names import imagenet_ranks
 
 
 def kind_of_generated(path: str | Path) -> str:
@@ -92,6 +93,9 @@ def sample_generated(
     pipeline = load_pipeline(Path(path).absolute()).to(device)
     # DiTPipeline's table of names; a pipeline without one has the classes of the data.
     known = getattr(pipeline, "labels", None) or {n: i for i, n in enumerate(source.classes)}
+    ranks = imagenet_ranks(source.classes, pipeline.transformer.config.num_embeds_ada_norm)
+    if ranks is not None:
+        known = dict(zip(source.classes, ranks, strict=True))
     missing = [name for name in source.classes if name not in known]
     if missing:
         raise ValueError(

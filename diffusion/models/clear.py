@@ -185,6 +185,22 @@ class ClearMixin:
         super().enable_parallelism(config=config, **kwargs)  # type: ignore[misc]
 
     @classmethod
+    def from_single_file(cls, *args: Any, **kwargs: Any) -> Self:
+        """As in diffusers: FLUX or SD3 in one file; `radius` and the like may be given.
+
+        Raises:
+            NotImplementedError: a `down_factor`. diffusers takes a file without pooling kernels
+                for one of the authors' layout then.
+        """
+        down_factor = kwargs.get("down_factor")
+        if down_factor is not None:
+            raise NotImplementedError(
+                f"`down_factor` must be None for a single file, got {down_factor}: give the model"
+                " that comes of it to from_teacher(model, down_factor=...), which copies nothing"
+            )
+        return super().from_single_file(*args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
     def from_teacher(cls, teacher: nn.Module, **overrides: Any) -> Self:
         """A local-attention model on the very weights of `teacher`: nothing is copied.
 

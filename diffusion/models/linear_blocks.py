@@ -9,7 +9,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
-from ..attention.linear import LiTAttention
+from ..attention.linear import LiTAttention, ValueConv2d
 from ..inheritance import inherit_weights, student_config
 
 # Head channels the default number of heads aims at: LiT-S/B/L/XL have 192, 256, 256, 288.
@@ -62,6 +62,18 @@ class LinearTransformerMixin(PeftAdapterMixin):
     _cp_plan = None
     # What `from_teacher` inherits unless told otherwise.
     default_policy: ClassVar[str] = "all_but_attention"
+
+    @classmethod
+    def _load_pretrained_model(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
+        # diffusers leaves what a checkpoint lacks without values: the convolutions of a stock one.
+        result = super()._load_pretrained_model(model, *args, **kwargs)
+        missing, dtype = set(result[1]), kwargs.get("dtype")
+        for name, module in model.named_modules():
+            if isinstance(module, ValueConv2d) and f"{name}.weight" in missing:
+                device = model.get_submodule(name.rpartition(".")[0]).to_v.weight.device
+                module.to_empty(device="cpu" if device.type == "meta" else device)
+                module.to(dtype or module.weight.dtype).reset_parameters()
+        return result
 
     @classmethod
     def from_teacher(cls, teacher: ModelMixin, policy: str | None = None, **overrides: Any) -> Self:

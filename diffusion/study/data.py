@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..training.assemble_text import build_vae
 from ..training.buckets import Size
-from ..training.config import DataConfig, check_field
-from ..training.images import ImageSource, open_images
+from ..training.config import check_field
+from ..training.images import ImageSource, open_recipe_images
 from ..training.memory import InMemoryImages
 from ..training.prompt_cache import PromptCache
 from ..training.prompt_cache_build import build_prompt_cache
@@ -23,16 +23,7 @@ _ITEMS_PER_SHARD = 1024
 
 def open_source(study: Study, run: str = TEACHER) -> ImageSource:
     """The images that a run is trained on and measured against."""
-    data: DataConfig = study.recipe(run).data if study.images is None else study.image_data
-    return open_images(
-        data.source,
-        path=data.path,
-        resolution=data.resolution,
-        channels=data.channels,
-        center_crop=data.center_crop,
-        interpolation=data.image_interpolation_mode,
-        split=data.split,
-    )
+    return open_recipe_images(study.recipe(run).data if study.images is None else study.image_data)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torchvision.datasets.folder import find_classes, make_dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from .config import DataConfig
 from .npz_images import NpzArrays, PackedNpz, read_npz
 from .verification import verify_files
 
@@ -250,6 +251,20 @@ def open_images(
 
 
 SOURCES = ("digits", "imagefolder", "npz")
+
+
+def open_recipe_images(data: DataConfig, verify: Verify = verify_files) -> ImageSource:
+    """`open_images` of what a recipe names."""
+    return open_images(
+        data.source,
+        path=data.path,
+        resolution=data.resolution,
+        channels=data.channels,
+        center_crop=data.center_crop,
+        interpolation=data.image_interpolation_mode,
+        split=data.split,
+        verify=verify,
+    )
 
 
 def to_grey(image: Tensor) -> Tensor:

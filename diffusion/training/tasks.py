@@ -18,7 +18,7 @@ from .attention_outputs import AttentionOutputs
 from .config import Recipe
 from .data import PromptData, TrainingData, check_images_fit
 from .families import ClassFamily, attention_layer_names
-from .images import open_images
+from .images import open_recipe_images
 from .latent_cache import weights_fingerprint
 from .objective import Objective
 from .prompt_cache import PromptCache
@@ -68,16 +68,7 @@ class ClassTask:
             beside = Path(data.latent_cache)
         file = beside.with_name(f"{beside.name}.verified.json")
         self.verifier = SharedVerifier(accelerator, file)
-        images = open_images(
-            data.source,
-            path=data.path,
-            resolution=data.resolution,
-            channels=data.channels,
-            center_crop=data.center_crop,
-            interpolation=data.image_interpolation_mode,
-            split=data.split,
-            verify=self.verifier,
-        )
+        images = open_recipe_images(data, self.verifier)
         self.num_classes = len(images.classes)
         self.models = build_models(recipe, images.classes)
         check_images_fit(images, self.models)

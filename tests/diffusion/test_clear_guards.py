@@ -165,6 +165,12 @@ def test_the_down_factor_must_divide_the_grid(family):
         tiny_clear(family, down_factor=4)(**clear_inputs(family, (9, 12)))
 
 
+@both
+def test_a_single_file_has_no_pooling_kernels(family):
+    with pytest.raises(NotImplementedError, match="`down_factor` must be None .* got 4: give"):
+        CLEAR[family].from_single_file("none.safetensors", down_factor=4)
+
+
 def test_flux_errors():
     model, inputs = tiny_clear("flux"), clear_inputs("flux")
     with pytest.raises(ValueError, match="`img_ids` must number a grid row by row, got 108 ids"):

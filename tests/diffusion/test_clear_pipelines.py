@@ -169,35 +169,25 @@ def test_a_fused_lora_is_saved_with_the_weights(family, tmp_path):
     torch.testing.assert_close(sample(family, load_pipeline(tmp_path / "fused")), image)
 
 
-def test_controlnet_of_sd3():
-    pipeline = tiny_clear_pipeline("sd3", tiny_clear("sd3"))
-    config = {name: value for name, value in SD3.items() if name != "dual_attention_layers"}
-    controlnet = SD3ControlNetModel(**{**config, "num_layers": 2}).eval()
+@both
+def test_controlnet(family):
+    if family == "flux":
+        cls = FluxControlNetPipeline
+        controlnet = FluxControlNetModel(**{**FLUX, "num_single_layers": 1}).eval()
+    else:
+        cls = StableDiffusion3ControlNetPipeline
+        config = {name: value for name, value in SD3.items() if name != "dual_attention_layers"}
+        controlnet = SD3ControlNetModel(**{**config, "num_layers": 2}).eval()
     for parameter in controlnet.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
+    pipeline = tiny_clear_pipeline(family, tiny_clear(family))
     optional = ("image_encoder", "feature_extractor")
     components = {k: v for k, v in pipeline.components.items() if k not in optional}
-    controlled = StableDiffusion3ControlNetPipeline(**components, controlnet=controlnet)
+    controlled = cls(**components, controlnet=controlnet)
     controlled.set_progress_bar_config(disable=True)
-    image = sample("sd3", controlled, control_image=torch.rand(1, 3, 40, 24))
+    image = sample(family, controlled, control_image=torch.rand(1, 3, 40, 24))
     assert image.isfinite().all()
-    assert not torch.allclose(image, sample("sd3", pipeline), atol=1e-3)
-    assert_linear(controlled.transformer)
-
-
-def test_controlnet():
-    pipeline = tiny_clear_pipeline("flux", tiny_clear("flux"))
-    config = {**FLUX, "num_single_layers": 1}
-    controlnet = FluxControlNetModel(**config).eval()
-    for parameter in controlnet.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    optional = ("image_encoder", "feature_extractor")
-    components = {k: v for k, v in pipeline.components.items() if k not in optional}
-    controlled = FluxControlNetPipeline(**components, controlnet=controlnet)
-    controlled.set_progress_bar_config(disable=True)
-    image = sample("flux", controlled, control_image=torch.rand(1, 3, 40, 24))
-    assert image.isfinite().all()
-    assert not torch.allclose(image, sample("flux", pipeline), atol=1e-3)
+    assert not torch.allclose(image, sample(family, pipeline), atol=1e-3)
     assert_linear(controlled.transformer)
 
 

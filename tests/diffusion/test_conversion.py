@@ -15,7 +15,7 @@ from lintra.diffusion import (
     assert_linear,
     load_pipeline,
 )
-from lintra.diffusion.conversion import LICENCE_NOTE, convert_official_dit
+from lintra.diffusion.conversion import LICENCE_NOTE, convert_official_dit, read_labels
 from lintra.diffusion.sampling import sample_images
 from lintra.diffusion.training.assemble import build_models
 from lintra.diffusion.training.config import ModelConfig
@@ -46,11 +46,13 @@ def converted(tmp_path_factory, vae):
     return folder / "out", report
 
 
-def test_the_pipeline_opens_and_samples(converted):
+def test_the_pipeline_opens_and_samples(converted, tmp_path):
     pipeline = load_pipeline(converted[0])
     assert isinstance(pipeline, DiTPipeline)
     assert isinstance(pipeline.transformer, OfficialDiTTransformer2DModel)
     assert pipeline.labels == {"cat": 3, "dog": 4, "kitty": 3}
+    pipeline.save_pretrained(tmp_path)
+    assert load_pipeline(tmp_path).labels == pipeline.labels
     images = sample_images(pipeline, [3, 9], num_inference_steps=2)
     assert images.shape == (2, 3, 16, 16)
 
@@ -227,6 +229,26 @@ def test_the_command(tmp_path, vae, capsys):
     assert load_pipeline(out).transformer.config.num_linear_heads == 2
     assert convert.main([*words, "--model", "DiT-XL/2"]) == 2
     assert "error: `model` must be that of the checkpoint" in capsys.readouterr().err
+    for words, message in (
+        (["clear", "--to", "lit"], "`--to` must not be given for --from clear, got lit"),
+        (["slab", "--num-heads", "3"], "`--num-heads` must not be given for --from slab, got 3"),
+        (["dit", "--base", "x"], "`--base` must not be given for --from dit, got x"),
+        (["clear", "--no-ema"], "`--no-ema` must not be given for --from clear, got True"),
+    ):
+        assert convert.main([str(path), str(out), "--from", *words]) == 2
+        assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_classes_have_the_names_of_imagenet_unless_told_otherwise():
+    names = read_labels(None, 1000)
+    assert [names[label] for label in (0, 207, 999)] == [
+        "tench",
+        "golden retriever",
+        "toilet tissue",
+    ]
+    assert list(names) == list(range(1000))
+    assert read_labels({}, 1000) == read_labels(None, 10) == {}
+    assert read_labels({"7": "seven"}, 1000) == {7: "seven"}
 
 
 def test_recipes_name_every_policy():

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from lintra.diffusion import load_pipeline
-from lintra.diffusion.study import speed
 from lintra.diffusion.study.config import TEACHER, Arm, Study, check_study
 from lintra.diffusion.study.evaluation import Evaluation
 from lintra.diffusion.study.pack import pack_study, unpack_study
@@ -26,25 +25,20 @@ from lintra.diffusion.study.worker import (
     forget_copies,
     is_finished,
     is_trained,
-    measure_speed,
     result_file,
     train_and_measure,
 )
 from lintra.diffusion.training.loop import Trainer
 from lintra.diffusion.training.metrics import read_metrics
 from tiny_recipes import DISTILLATION
-from tiny_study import ARMS, make_study
+from tiny_study import ARMS, finish_study, make_study
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """A study whose runs are all finished."""
     study = make_study(tmp_path_factory.mktemp("done"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "_SPEED_SECONDS", 0.01)
-        for run in study.runs:
-            assert train_and_measure(study, run) is None
-        measure_speed(study, compiled=False)
+    finish_study(study)
     return study
 
 

@@ -9,17 +9,17 @@ from safetensors.torch import load_file
 
 from lintra.diffusion import ClearFluxTransformer2DModel, load_pipeline
 from lintra.diffusion.sampling import sample_prompts
-from lintra.diffusion.study import measure, speed
+from lintra.diffusion.study import measure
 from lintra.diffusion.study.config import TEACHER, Arm, Study, check_study
 from lintra.diffusion.study.data import WordEmbeddings, make_cache, open_source, word_embeddings
 from lintra.diffusion.study.evaluation import Evaluation
 from lintra.diffusion.study.pack import pack_study, unpack_study
 from lintra.diffusion.study.report import rows_of, write_report
-from lintra.diffusion.study.worker import is_finished, measure_speed, train_and_measure
+from lintra.diffusion.study.worker import is_finished, train_and_measure
 from lintra.diffusion.training.config import DataConfig
 from lintra.diffusion.training.loop import Trainer
 from lintra.diffusion.training.prompt_cache import PromptCache
-from tiny_study import make_clear_study, make_study
+from tiny_study import finish_study, make_clear_study, make_study
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Study:
     study = make_clear_study(tmp_path_factory.mktemp("done"))
     check_study(study)
     make_cache(study)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(speed, "_SPEED_SECONDS", 0.01)
-        for run in study.runs:
-            assert train_and_measure(study, run) is None
-        measure_speed(study, compiled=False)
+    finish_study(study)
     return study
 
 

@@ -279,6 +279,20 @@ def test_opens_a_stock_folder(family, down_factor, dtype, tmp_path):
 
 
 @both
+def test_opens_a_single_file(family, tmp_path):
+    stock = tiny_stock(family)
+    stock.save_pretrained(tmp_path)
+    file = str(tmp_path / "diffusion_pytorch_model.safetensors")
+    model = CLEAR[family].from_single_file(file, config=str(tmp_path), radius=4)
+    assert_linear(model)
+    inputs = clear_inputs(family)
+    torch.testing.assert_close(model(**inputs).sample, tiny_clear(family)(**inputs).sample)
+    pooled = CLEAR[family].from_teacher(model, down_factor=3)
+    expected = CLEAR[family].from_teacher(stock, radius=4, down_factor=3)
+    torch.testing.assert_close(pooled(**inputs).sample, expected(**inputs).sample)
+
+
+@both
 def test_save_and_load(family, tmp_path):
     changes = {"down_factor": 3, "proportional_scale": True, "full_attention_layers": [1]}
     model = tiny_clear(family, **changes)

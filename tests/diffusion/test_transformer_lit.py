@@ -7,10 +7,11 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
 from torch.nn import functional as F
 
-from lintra.diffusion import LiTTransformer2DModel, assert_linear
+from lintra.diffusion import LiTPixArtTransformer2DModel, LiTTransformer2DModel, assert_linear
 from lintra.diffusion.attention.linear import LiTAttention, LiTAttnProcessor
 from lintra.diffusion.models.linear_blocks import default_num_linear_heads
 from tiny_models import TINY, inputs, tiny_dit, tiny_lit
+from tiny_pixart import tiny_pixart
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +170,33 @@ def test_declares_its_blocks():
     assert LiTTransformer2DModel._no_split_modules == [block]
     assert LiTTransformer2DModel._repeated_blocks == [block]
     assert LiTTransformer2DModel._cp_plan is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"torch_dtype": torch.bfloat16}, {"low_cpu_mem_usage": False}, {"device_map": "auto"}],
+)
+@pytest.mark.parametrize(
+    ("cls", "tiny_stock"),
+    [(LiTTransformer2DModel, tiny_dit), (LiTPixArtTransformer2DModel, tiny_pixart)],
+)
+def test_opens_a_stock_folder(cls, tiny_stock, arguments, tmp_path):
+    """With the stock weights, and convolutions as new ones start."""
+    stock = tiny_stock()
+    stock.save_pretrained(tmp_path, max_shard_size="20KB")
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(cls.from_pretrained(tmp_path, **arguments))
+    assert_linear(models[0])
+    assert models[0].dtype == arguments.get("torch_dtype", torch.float32)
+    expected, other = stock.state_dict(), models[1].state_dict()
+    for name, value in models[0].state_dict().items():
+        if ".dwc." in name:
+            assert 0 < value.abs().max() < 1
+            assert torch.equal(value, other[name])
+        else:
+            assert torch.equal(value, expected[name].to(value.dtype))
 
 
 def test_save_and_load(lit, tmp_path):

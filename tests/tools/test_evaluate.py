@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from PIL import Image
 
+from lintra.diffusion.evaluation.generated import sample_generated
 from lintra.diffusion.models.autoencoder_pixel import PixelAutoencoder
 from lintra.diffusion.training.images import open_images
 from lintra.tools import evaluate
@@ -95,6 +97,25 @@ def test_a_pipeline_is_sampled_over_all_classes(
     assert result["num_images"] == 23
     assert 0 <= result["class_accuracy"] < 0.6
     assert result["frechet_distance"] > 1
+
+
+def test_folders_named_by_wordnet_ids_are_the_classes_of_imagenet(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the ids, whatever the pipeline calls its classes."""
+    asked = []
+
+    def sample(pipeline: object, labels: list[int], **options: object) -> torch.Tensor:
+        asked.append(labels)
+        return torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
+
+    monkeypatch.setattr("lintra.diffusion.sampling.sample_images", sample)
+    names = [f"n{number:08d}" for number in (7, 3, 5, 1, 9, 2, 8, 4, 6, 0)]
+    images, labels = np.zeros((10, 8, 8), np.uint8), np.arange(10)
+    np.savez(tmp_path / "d.npz", images=images, labels=labels, classes=np.array(names))
+    source = open_images("npz", path=tmp_path / "d.npz", resolution=8)
+    sample_generated(pipeline_folder, source, num_images=10, num_inference_steps=1)
+    assert asked[1] == [7, 3, 5, 1, 9, 2, 8, 4, 6, 0]
 
 
 def test_a_pipeline_that_does_not_fit_is_one_line(

@@ -302,12 +302,24 @@ def test_more_errors() -> None:
     name = "swin_tiny_slab_patch4_window56_224"
     with pytest.raises(ValueError, match=r"`linear_window_size` must divide the map of 16 x 16"):
         create_small(name, linear_window_size=5)
+    with pytest.raises(TypeError, match=r"`attn` must be a string or a sequence of them, got int"):
+        create_small(name, attn=1)
+    with pytest.raises(ValueError, match=r"`norm` must be one choice, .* got \(1, 1, 1, 1\)"):
+        create_small(name, norm=(1, 1, 1, 1))
     with pytest.raises(ValueError, match=r"`head_dim` must be 4 for linear attention, got 8"):
         create_small(name, head_dim=8)
     with pytest.raises(ValueError, match=r"`output_fmt` must be NCHW or NHWC, got 'NLC'"):
         create_small("pvt_tiny_slab").forward_intermediates(image(), output_fmt="NLC")
     with pytest.raises(ValueError, match=r"`patch_size` must be 4, got 8"):
         create_small("pvt_tiny_slab").set_input_size(patch_size=8)
+    for option, usual in (("qk_norm", False), ("scale_attn_norm", False), ("proj_bias", True)):
+        message = f"`{option}` must be {usual} with linear attention, got {not usual}"
+        with pytest.raises(ValueError, match=message):
+            create_small("deit_tiny_slab_patch16_224", **{option: not usual})
+    with pytest.raises(ValueError, match=r"`patch_drop_rate` must be 0 .* whole grid, got 0.25"):
+        create_small("deit_tiny_inline_patch16_224", patch_drop_rate=0.25)
+    model = create_small("deit_tiny_prepbn_patch16_224", patch_drop_rate=0.25, qk_norm=True)
+    assert model.train()(image()).shape == (2, 7)
     model = create_small("deit_tiny_slab_patch16_224")
     with pytest.raises(ValueError, match=r"`attn_mask` must be None for linear attention"):
         model(image(), attn_mask=torch.zeros(16, 16))

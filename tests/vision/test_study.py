@@ -16,16 +16,12 @@ from lintra.vision.training import study
 from lintra.vision.training.config import TrainingConfig
 from lintra.vision.training.loop import BackboneTrainer, TrainingDiverged, TrainingResult
 from rooms import ROOT
-from tiny_backbones import small_recipe, write_npz
+from tiny_backbones import small_recipe, write_files
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("images")
-    return {
-        "train": str(write_npz(folder / "train.npz", 52)),
-        "val": str(write_npz(folder / "val.npz", 13, seed=1)),
-    }
+    return write_files(tmp_path_factory.mktemp("images"))
 
 
 def test_study_writes_its_table(

@@ -31,16 +31,12 @@ from lintra.vision.training.data import NpzImages, open_images
 from lintra.vision.training.loop import BackboneTrainer, TrainingDiverged
 from lintra.vision.training.records import read_metrics
 from rooms import ROOT
-from tiny_backbones import COLOURS, small_recipe, write_npz
+from tiny_backbones import COLOURS, small_recipe, write_files
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("images")
-    return {
-        "train": str(write_npz(folder / "train.npz", 52)),
-        "val": str(write_npz(folder / "val.npz", 13, seed=1)),
-    }
+    return write_files(tmp_path_factory.mktemp("images"))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -52,6 +52,9 @@ class LinearViTBlock(FoldableViTBlock):
         grid: ``(h, w)`` of the patches.
         num_prefix_tokens: class tokens.
         kwargs: see timm's Block.
+
+    Raises:
+        ValueError: an option of timm's attention that the mixers do not have.
     """
 
     is_linear = True
@@ -71,6 +74,9 @@ class LinearViTBlock(FoldableViTBlock):
         **kwargs: Any,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        for name, usual in {"qk_norm": False, "scale_attn_norm": False, "proj_bias": True}.items():
+            if (value := kwargs.get(name, usual)) != usual:
+                raise ValueError(f"`{name}` must be {usual} with linear attention, got {value}")
         kwargs["attn_layer"] = _NoAttention
         super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_drop=proj_drop, **kwargs, **dd)
         self.grid: tuple[int, int] | None = None  # None is the mixer's usual grid
@@ -115,7 +121,8 @@ class LinearVisionTransformer(FoldableReadout, VisionTransformer):
         kwargs: see timm's VisionTransformer.
 
     Raises:
-        ValueError: an unknown choice, or an image smaller than a patch.
+        ValueError: an unknown choice, an image smaller than a patch, or an option of timm's that
+            linear attention does not have.
     """
 
     patch_embed: Any
@@ -134,9 +141,15 @@ class LinearVisionTransformer(FoldableReadout, VisionTransformer):
         depth: int = 12,
         class_token: bool = True,
         reg_tokens: int = 0,
+        patch_drop_rate: float = 0.0,
         **kwargs: Any,
     ) -> None:
         kinds = attention_choices(_as_stage(attn), [depth])[0]
+        if patch_drop_rate and set(kinds) != {"softmax"}:
+            raise ValueError(
+                "`patch_drop_rate` must be 0 with linear attention, which needs the whole grid, got"
+                f" {patch_drop_rate}"
+            )
         norms = norm_choices(_as_stage(norm), [depth], norm_eps)[0]
         grid = patch_grid(img_size, patch_size)
 
@@ -158,6 +171,7 @@ class LinearVisionTransformer(FoldableReadout, VisionTransformer):
             depth=depth,
             class_token=class_token,
             reg_tokens=reg_tokens,
+            patch_drop_rate=patch_drop_rate,
             norm_layer=norms[-1],
             block_fn=block,
             embed_layer=FoldablePatchEmbed,

@@ -29,11 +29,15 @@ def per_block(
         A tuple of choices a stage.
 
     Raises:
+        TypeError: neither a string nor a sequence.
         ValueError: an unknown choice, or numbers that do not fit `depths`.
     """
+    if not isinstance(value, Sequence):
+        got = type(value).__name__
+        raise TypeError(f"`{name}` must be a string or a sequence of them, got {got}")
     stages = [value] * len(depths) if isinstance(value, str) else list(value)
     fits = len(stages) == len(depths) and all(
-        isinstance(stage, str) or len(stage) == depth
+        isinstance(stage, str) or (isinstance(stage, Sequence) and len(stage) == depth)
         for stage, depth in zip(stages, depths, strict=False)
     )
     if not fits:
