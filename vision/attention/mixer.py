@@ -144,6 +144,8 @@ class LinearMixer(Foldable, nn.Module):
             # Along the flattened tokens, not in the plane: how the official weights were trained.
             resized = F.interpolate(values.transpose(1, 2), size=q.shape[1], mode="linear")
             values = resized.transpose(1, 2).to(out.dtype)
+        if mean is not None and mean.dtype != v.dtype:
+            mean = mean.to(v.dtype)  # as autocast does with what it projects
         weight, bias = self.local_kernel(mean)
         return token_conv2d(
             values, weight, bias, grid=grid, residual=out, num_prefix_tokens=self.num_prefix_tokens
