@@ -81,7 +81,8 @@ class InLineAttention(LinearMixer):
 
     def local_kernel(self, mean: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert mean is not None
-        first, _, second = self.residual
+        layers: Any = self.residual
+        first, _, second = layers
         # (9 C): channels of a head one after the other, each with its nine weights.
         bias = second.bias if self.lepe is None else second.bias + self.lepe.weight.flatten()
         weights = (first.weight, first.bias, second.weight, bias)
