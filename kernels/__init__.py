@@ -1,4 +1,4 @@
-"""Operations on tensors: linear and local attention, token convolution, layer normalisation, MLPs."""
+"""Operations on tensors: attention, token convolution, normalisation, MLPs."""
 
 if __name__ == "kernels":
     # The working directory is the repository root, where Python takes this folder for the package

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.overrides import has_torch_function
 
+from .plans import Memo
+
 _PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_NUMBERS = frozenset({int, float, bool, str, type(None)})
 # What `_is_dispatched` asks; without an answer every call is dispatched.
@@ -20,6 +22,8 @@ _ANSWERED = hasattr(torch.autograd, "_profiler_enabled") and all(
 class Operator:
     """``lintra::<name>``: ``operator(*arguments)`` by the dispatcher of PyTorch, or without it.
 
+    A `memo` goes to the launcher where that is called directly, see `Plans`.
+
     The dispatcher costs the host some 10 us a call, which eager mode waits for. Where it would do
     nothing but call the launcher, the launcher is called.
     """
@@ -28,11 +32,11 @@ class Operator:
         self._registered = getattr(torch.ops.lintra, name).default
         self._launch = launch
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, memo: Memo | None = None) -> Any:
         # A constant to torch.compile, which so traces the operator.
         if torch.compiler.is_compiling() or not _ANSWERED or _is_dispatched(arguments):
             return self._registered(*arguments)
-        return self._launch(*arguments)
+        return self._launch(*arguments) if memo is None else self._launch(*arguments, memo=memo)
 
 
 def _is_dispatched(arguments: tuple[Any, ...]) -> bool:
@@ -74,8 +78,8 @@ def register(name: str, schema: str, launcher: str, fake: Callable[..., Any]) ->
     def resolved() -> Callable[..., Any]:
         return getattr(import_module(module), function)
 
-    def launch(*args: Any) -> Any:
-        return resolved()(*args)
+    def launch(*args: Any, **options: Any) -> Any:
+        return resolved()(*args, **options)
 
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
     # The CPU runs kernels in Triton's interpreter; `api` lets nothing else come here.

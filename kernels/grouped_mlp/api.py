@@ -5,7 +5,7 @@ from torch import Tensor
 from .._common.checks import IMPLEMENTATIONS, check_choice, check_shape, check_tensor
 from .._common.launch import takes_kernel, why_no_kernel
 from .._common.operators import needs_gradient
-from .._common.plans import Plans
+from .._common.plans import Memo, Plans
 from .ops import grouped_mlp_triton
 from .reference import grouped_mlp_reference
 
@@ -24,7 +24,7 @@ def why_not_triton(x: Tensor, weight1: Tensor, groups: int) -> str | None:
 
 def _checked(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], groups: int, impl: str
-) -> str | None:
+) -> tuple[str | None, Memo]:
     """Raises what the arguments deserve; why the kernel cannot run, None if it can."""
     check_choice("impl", impl, IMPLEMENTATIONS)
     x, weight1, bias1, weight2, bias2 = tensors
@@ -44,7 +44,7 @@ def _checked(
     ):
         check_tensor(name, bias, layout, like=x, any_dtype=True)
         check_shape(name, bias, (size,), layout)
-    return why_not_triton(x, weight1, groups)
+    return why_not_triton(x, weight1, groups), Memo()
 
 
 _CALLS = Plans(_checked)
@@ -86,10 +86,11 @@ def grouped_mlp(
         TypeError: dtypes that are not floating point.
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
-    reason = _CALLS((x, weight1, bias1, weight2, bias2), groups, impl)
+    reason, memo = _CALLS((x, weight1, bias1, weight2, bias2), groups, impl)
     if needs_gradient(x, weight1, bias1, weight2, bias2):
         reason = "its kernel has no gradient"
     if impl == "triton" and reason is not None:
         raise NotImplementedError(f"`impl` must not be 'triton' for grouped_mlp: {reason}")
-    run = grouped_mlp_triton if takes_kernel(impl, x, reason) else grouped_mlp_reference
-    return run(x, weight1, bias1, weight2, bias2, groups)
+    if takes_kernel(impl, x, reason):
+        return grouped_mlp_triton(x, weight1, bias1, weight2, bias2, groups, memo)
+    return grouped_mlp_reference(x, weight1, bias1, weight2, bias2, groups)

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from .._common.operators import register
+from .._common.plans import Memo
 
 
 def _fwd_shapes(
@@ -20,7 +21,8 @@ _FWD = register(
 
 
 def grouped_mlp_triton(
-    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, groups: int
-) -> Tensor:
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
+    groups: int, memo: Memo | None = None,
+) -> Tensor:  # fmt: skip
     """The operation of `api.grouped_mlp` by the Triton kernel."""
-    return _FWD(x, weight1, bias1, weight2, bias2, groups)
+    return _FWD(x, weight1, bias1, weight2, bias2, groups, memo=memo)

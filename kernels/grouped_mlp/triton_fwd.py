@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .._common.kernel_call import KernelCall
 from .._common.launch import ceil_div, device_guard, empty, multiprocessors
-from .._common.plans import Plans
+from .._common.plans import Memo, Plans
 
 # Outputs a program writes, as many as the tensor cores like; a wider block leaves more of it empty.
 _OUTPUTS = 64
@@ -84,13 +84,14 @@ _PLANS = Plans(_plan)
 
 
 def grouped_mlp_fwd(
-    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, groups: int
-) -> Tensor:
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor,
+    groups: int, *, memo: Memo | None = None,
+) -> Tensor:  # fmt: skip
     """The operation of `api.grouped_mlp` on tensors that `api` has checked."""
     out = empty(x.shape[0], weight2.shape[0], like=x)
     if x.shape[0] == 0:
         return out
-    call = _PLANS((x, weight1, bias1, weight2, bias2), groups)
+    call = _PLANS((x, weight1, bias1, weight2, bias2), groups, memo=memo)
     with device_guard(x):
         call(
             x.contiguous(), weight1.contiguous(), bias1.contiguous(),
