@@ -85,6 +85,18 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(compiled(*inputs), layer_norm(*inputs))
 
 
+def test_a_graph_traced_without_autocast_ignores_it_later():
+    class Norm(torch.nn.Module):
+        def forward(self, x, weight, bias):
+            return layer_norm(x, weight, bias, impl="reference")
+
+    inputs = inputs_of(2, 3, 5)
+    exported = torch.export.export(Norm(), inputs).module()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = exported(*inputs)
+    assert torch.equal(out, Norm()(*inputs))
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
