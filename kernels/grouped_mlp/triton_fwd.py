@@ -11,9 +11,11 @@ from .._common.plans import Memo, Plans
 # Outputs a program writes, as many as the tensor cores like; a wider block leaves more of it empty.
 _OUTPUTS = 64
 _WARPS = 4
-# Samples a program takes: the least that a product takes, more where that is over this many waves.
+# Samples a program takes: the least that a product takes, more where that is over this many waves,
+# but hidden units at most that float32 holds in registers (from what ptxas says for Hopper).
 _SAMPLES = (16, 32, 64)
 _WAVES = 8
+_UNITS = 2048
 
 
 @triton.jit
@@ -67,13 +69,14 @@ def _plan(tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], groups: int) -
     x, weight1, _, weight2, _ = tensors
     batch = x.shape[0]
     channels, hidden, outputs = (n // groups for n in (x.shape[1], len(weight1), len(weight2)))
-    block_k = min(_OUTPUTS, _block(outputs))
+    block_m, block_k = _block(hidden), min(_OUTPUTS, _block(outputs))
     per_block = groups * ceil_div(outputs, block_k)
     most = _WAVES * multiprocessors(x)
-    block = next((n for n in _SAMPLES if ceil_div(batch, n) * per_block <= most), _SAMPLES[-1])
+    samples = [n for n in _SAMPLES if n * block_m <= _UNITS]
+    block = next((n for n in samples if ceil_div(batch, n) * per_block <= most), samples[-1])
     constants = {
         "GROUPS": groups, "D": channels, "BLOCK_D": _block(channels),
-        "M": hidden, "BLOCK_M": _block(hidden), "K": outputs, "BLOCK_K": block_k,
+        "M": hidden, "BLOCK_M": block_m, "K": outputs, "BLOCK_K": block_k,
         "BLOCK": block, "num_warps": _WARPS,
     }  # fmt: skip
     grid = (ceil_div(batch, block), groups, ceil_div(outputs, block_k))
