@@ -81,8 +81,8 @@ class SimplifiedLinearAttention(LinearMixer):
         return linear_attention(q, k, v, feature_map="relu", normalizer="ratio", eps=1e-6)
 
     def local_kernel(self, mean: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        weight: Tensor = self.dwc.weight.squeeze(1)
-        bias: Tensor = self.dwc.get_parameter("bias")
+        dwc: Any = self.dwc
+        weight, bias = dwc.weight.squeeze(1), dwc.bias
         if self.lepe is not None:
             # Both convolve v: one pass with the sum of the kernels, the smaller one padded.
             border = (weight.shape[-1] - 3) // 2
