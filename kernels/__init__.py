@@ -1,4 +1,4 @@
-"""Operations on tensors: linear and local attention, token convolution, layer normalisation."""
+"""Operations on tensors: attention, token convolution, normalisation, MLPs."""
 
 if __name__ == "kernels":
     # The working directory is the repository root, where Python takes this folder for the package
@@ -6,9 +6,16 @@ if __name__ == "kernels":
     # says "not here"; loading the operations a second time would register them twice.
     __version__ = "0"
 else:
+    from .grouped_mlp import grouped_mlp
     from .layer_norm import layer_norm
     from .linear_attention import linear_attention
     from .local_attention import local_attention
     from .token_conv import token_conv2d
 
-    __all__ = ["layer_norm", "linear_attention", "local_attention", "token_conv2d"]
+    __all__ = [
+        "grouped_mlp",
+        "layer_norm",
+        "linear_attention",
+        "local_attention",
+        "token_conv2d",
+    ]

@@ -8,17 +8,28 @@ from typing import Any
 import torch
 from torch.overrides import has_torch_function
 
+from .plans import Memo
+
+try:  # what `_is_dispatched` asks; without an answer every call is dispatched
+    from torch._C import (
+        _are_functorch_transforms_active,
+        _get_tracing_state,
+        _len_torch_dispatch_stack,
+    )
+    from torch.autograd import _profiler_enabled
+except ImportError:
+    _ANSWERED = False
+else:
+    _ANSWERED = True
+
 _PLAIN_TENSORS = frozenset({torch.Tensor, torch.nn.Parameter})
 _PLAIN_NUMBERS = frozenset({int, float, bool, str, type(None)})
-# What `_is_dispatched` asks; without an answer every call is dispatched.
-_QUESTIONS = ("_len_torch_dispatch_stack", "_are_functorch_transforms_active", "_get_tracing_state")
-_ANSWERED = hasattr(torch.autograd, "_profiler_enabled") and all(
-    hasattr(torch._C, name) for name in _QUESTIONS
-)
 
 
 class Operator:
     """``lintra::<name>``: ``operator(*arguments)`` by the dispatcher of PyTorch, or without it.
+
+    A `memo` goes to the launcher where that is called directly, see `Plans`.
 
     The dispatcher costs the host some 10 us a call, which eager mode waits for. Where it would do
     nothing but call the launcher, the launcher is called.
@@ -28,29 +39,30 @@ class Operator:
         self._registered = getattr(torch.ops.lintra, name).default
         self._launch = launch
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, memo: Memo | None = None) -> Any:
         # A constant to torch.compile, which so traces the operator.
         if torch.compiler.is_compiling() or not _ANSWERED or _is_dispatched(arguments):
             return self._registered(*arguments)
-        return self._launch(*arguments)
+        return self._launch(*arguments) if memo is None else self._launch(*arguments, memo=memo)
 
 
 def _is_dispatched(arguments: tuple[Any, ...]) -> bool:
     """Whether the dispatcher has more to do with a call than to run the kernel of the device."""
     if (
         has_torch_function(arguments)  # subclasses and function modes
-        or torch._C._len_torch_dispatch_stack()  # FlopCounterMode, fake tensors, make_fx
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None  # torch.jit.trace
-        or torch.autograd._profiler_enabled()  # shows operators by their names
+        or _len_torch_dispatch_stack()  # FlopCounterMode, fake tensors, make_fx
+        or _are_functorch_transforms_active()
+        or _get_tracing_state() is not None  # torch.jit.trace
+        or _profiler_enabled()  # shows operators by their names
     ):
         return True
+    in_graph = torch.is_grad_enabled()
     for x in arguments:
         kind = type(x)
         if kind in _PLAIN_TENSORS:
             # No memory of its own (meta, functional, zero), other values than those in memory, or
             # a place in a graph.
-            if not x.data_ptr() or x.is_neg() or (x.requires_grad and torch.is_grad_enabled()):
+            if not x.data_ptr() or x.is_neg() or (in_graph and x.requires_grad):
                 return True
         elif kind not in _PLAIN_NUMBERS:
             return True
@@ -74,8 +86,8 @@ def register(name: str, schema: str, launcher: str, fake: Callable[..., Any]) ->
     def resolved() -> Callable[..., Any]:
         return getattr(import_module(module), function)
 
-    def launch(*args: Any) -> Any:
-        return resolved()(*args)
+    def launch(*args: Any, **options: Any) -> Any:
+        return resolved()(*args, **options)
 
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
     # The CPU runs kernels in Triton's interpreter; `api` lets nothing else come here.

@@ -6,7 +6,7 @@ from torch import Tensor
 from .._common.checks import IMPLEMENTATIONS, check_choice, check_shape, check_tensor
 from .._common.launch import takes_kernel, why_no_kernel
 from .._common.operators import needs_gradient
-from .._common.plans import Plans
+from .._common.plans import Memo, Plans
 from .ops import layer_norm_triton
 from .reference import layer_norm_reference
 
@@ -26,7 +26,9 @@ def why_not_triton(x: Tensor) -> str | None:
     return reason
 
 
-def _checked(tensors: tuple[Tensor, Tensor, Tensor], impl: str) -> str | None:
+def _checked(
+    tensors: tuple[Tensor, Tensor, Tensor], eps: float, impl: str
+) -> tuple[str | None, Memo]:
     """Raises what the arguments deserve; why the kernel cannot run, None if it can."""
     check_choice("impl", impl, IMPLEMENTATIONS)
     x, weight, bias = tensors
@@ -36,7 +38,7 @@ def _checked(tensors: tuple[Tensor, Tensor, Tensor], impl: str) -> str | None:
     for name, parameter in (("weight", weight), ("bias", bias)):
         check_tensor(name, parameter, "(C)", like=x, any_dtype=True)
         check_shape(name, parameter, channels, "(C)")
-    return why_not_triton(x)
+    return why_not_triton(x), Memo()
 
 
 _CALLS = Plans(_checked)
@@ -67,7 +69,7 @@ def layer_norm(
         TypeError: dtypes that are not floating point.
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
-    reason = _CALLS((x, weight, bias), impl)
+    reason, memo = _CALLS((x, weight, bias), eps, impl)
     if needs_gradient(x, weight, bias):
         reason = "its kernel has no gradient"
     if impl == "triton" and reason is not None:
@@ -75,5 +77,6 @@ def layer_norm(
     kernel = takes_kernel(impl, x, reason)
     if impl == "auto" and kernel:
         kernel = not torch.compiler.is_compiling() and x.numel() >= MIN_TOKENS * x.shape[-1]
-    normalize = layer_norm_triton if kernel else layer_norm_reference
-    return normalize(x, weight, bias, eps)
+    if kernel:
+        return layer_norm_triton(x, weight, bias, eps, memo)
+    return layer_norm_reference(x, weight, bias, eps)

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from .._common.operators import register
+from .._common.plans import Memo
 
 
 def _fwd_shapes(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -17,6 +18,8 @@ _FWD = register(
 )
 
 
-def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm_triton(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, memo: Memo | None = None
+) -> Tensor:
     """The operation of `api.layer_norm` by the Triton kernel."""
-    return _FWD(x, weight, bias, float(eps))
+    return _FWD(x, weight, bias, float(eps), memo=memo)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .._common.kernel_call import KernelCall
 from .._common.launch import ceil_div, device_guard, empty
-from .._common.plans import Plans
+from .._common.plans import Memo, Plans
 
 # Elements a program holds, of which each of its threads has sixteen.
 _ELEMENTS = 2048
@@ -47,12 +47,14 @@ def _plan(tensors: tuple[Tensor, Tensor, Tensor], eps: float) -> KernelCall:
 _PLANS = Plans(_plan)
 
 
-def layer_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, memo: Memo | None = None
+) -> Tensor:
     """The operation of `api.layer_norm` on tensors that `api` has checked."""
     out = empty(*x.shape, like=x)
     if x.numel() == 0:
         return out
-    call = _PLANS((x, weight, bias), eps)
+    call = _PLANS((x, weight, bias), eps, memo=memo)
     with device_guard(x):
         call(x.contiguous(), weight.contiguous(), bias.contiguous(), out)
     return out

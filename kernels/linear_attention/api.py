@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .._common.checks import IMPLEMENTATIONS, check_choice, check_shape, check_tensor
 from .._common.launch import takes_kernel, why_no_kernel
-from .._common.plans import Plans
+from .._common.plans import Memo, Plans
 from .configs import MAX_HEAD_DIM
 from .ops import linear_attention_triton
 from .reference import FEATURE_MAPS, NORMALIZERS, linear_attention_reference
@@ -21,9 +21,14 @@ def why_not_triton(query: Tensor, key: Tensor, value: Tensor) -> str | None:
 
 
 def _checked(
-    tensors: tuple[Tensor, Tensor, Tensor], feature_map: str, normalizer: str, impl: str
-) -> bool:
-    """Raises what the arguments deserve; whether the kernels run."""
+    tensors: tuple[Tensor, Tensor, Tensor],
+    feature_map: str,
+    normalizer: str,
+    scale: float | None,
+    eps: float,
+    impl: str,
+) -> tuple[bool, float, Memo]:
+    """Raises what the arguments deserve; whether the kernels run, and the scale."""
     check_choice("feature_map", feature_map, tuple(FEATURE_MAPS))
     check_choice("normalizer", normalizer, tuple(NORMALIZERS))
     check_choice("impl", impl, IMPLEMENTATIONS)
@@ -40,7 +45,9 @@ def _checked(
     reason = why_not_triton(query, key, value)
     if impl == "triton" and reason is not None:
         raise NotImplementedError(f"`impl` must not be 'triton' for linear_attention: {reason}")
-    return takes_kernel(impl, query, reason)
+    if scale is None:
+        scale = head_dim**-0.5 if normalizer == "covariance" else 1.0
+    return takes_kernel(impl, query, reason), scale, Memo()
 
 
 _CALLS = Plans(_checked)
@@ -96,10 +103,10 @@ def linear_attention(
         TypeError: dtypes that are not floating point or differ.
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
-    kernel = _CALLS((query, key, value), feature_map, normalizer, impl)
-    if scale is None:
-        scale = query.shape[3] ** -0.5 if normalizer == "covariance" else 1.0
-    attend = linear_attention_triton if kernel else linear_attention_reference
-    return attend(
+    kernel, scale, memo = _CALLS((query, key, value), feature_map, normalizer, scale, eps, impl)
+    if kernel:
+        options = (feature_map, normalizer, float(scale), float(eps))
+        return linear_attention_triton(query, key, value, *options, memo=memo)
+    return linear_attention_reference(
         query, key, value, feature_map=feature_map, normalizer=normalizer, scale=scale, eps=eps
     )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._common.operators import first_derivative, needs_gradient, register
+from .._common.plans import Memo
 
 _OPTIONS = "str feature_map, str normalizer, float scale, float eps"
 
@@ -54,17 +55,11 @@ class _LinearAttention(torch.autograd.Function):
 
 
 def linear_attention_triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    feature_map: str,
-    normalizer: str,
-    scale: float,
-    eps: float,
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor,
+    feature_map: str, normalizer: str, scale: float, eps: float, *, memo: Memo | None = None,
+) -> Tensor:  # fmt: skip
     """The operation of `api.linear_attention` by the Triton kernels."""
-    arguments = (query, key, value, feature_map, normalizer, float(scale), float(eps))
+    options = (feature_map, normalizer, scale, eps)
     if needs_gradient(query, key, value):
-        return _LinearAttention.apply(*arguments)
-    return _FWD(*arguments)
+        return _LinearAttention.apply(query, key, value, *options)
+    return _FWD(query, key, value, *options, memo=memo)

@@ -21,7 +21,7 @@ from .._common.launch import (
     strides_in_vectors,
     unit_last,
 )
-from .._common.plans import Plans
+from .._common.plans import Memo, Plans
 from . import configs
 from .triton_blocks import (
     centre,
@@ -297,11 +297,11 @@ _APPLY_PLANS = Plans(_plan_apply)
 
 def linear_attention_fwd(
     query: Tensor, key: Tensor, value: Tensor,
-    feature_map: str, normalizer: str, scale: float, eps: float,
+    feature_map: str, normalizer: str, scale: float, eps: float, *, memo: Memo | None = None,
 ) -> Tensor:  # fmt: skip
     """The operation of `api.linear_attention` on tensors that `api` has checked."""
     options = (feature_map, normalizer, scale, eps)
-    plan = _PLANS((query, key, value), *options)
+    plan = _PLANS((query, key, value), *options, memo=memo)
     out = empty(*plan.out_shape, like=query)
     if plan.way == "empty":
         return out.zero_()

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .._common.checks import IMPLEMENTATIONS, check_choice, check_grid, check_shape, check_tensor
 from .._common.launch import takes_kernel, why_no_kernel
-from .._common.plans import Plans
+from .._common.plans import Memo, Plans
 from .configs import MAX_SIZE
 from .ops import token_conv2d_triton
 from .reference import token_conv2d_reference
@@ -25,7 +25,7 @@ def _checked(
     grid: Sequence[int],
     num_prefix_tokens: int,
     impl: str,
-) -> tuple[bool, tuple[int, int]]:
+) -> tuple[bool, tuple[int, int], Memo]:
     """Raises what the arguments deserve; whether the kernels run, and the grid."""
     check_choice("impl", impl, IMPLEMENTATIONS)
     tokens, weight, bias, residual = tensors
@@ -55,7 +55,7 @@ def _checked(
     reason = why_not_triton(tokens, weight)
     if impl == "triton" and reason is not None:
         raise NotImplementedError(f"`impl` must not be 'triton' for token_conv2d: {reason}")
-    return takes_kernel(impl, tokens, reason), (height, width)
+    return takes_kernel(impl, tokens, reason), (height, width), Memo()
 
 
 _CALLS = Plans(_checked)
@@ -105,8 +105,11 @@ def token_conv2d(
         TypeError: dtypes that are not floating point or differ.
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
-    kernel, grid = _CALLS((tokens, weight, bias, residual), grid, num_prefix_tokens, impl)
-    convolve = token_conv2d_triton if kernel else token_conv2d_reference
-    return convolve(
+    kernel, grid, memo = _CALLS((tokens, weight, bias, residual), grid, num_prefix_tokens, impl)
+    if kernel:
+        return token_conv2d_triton(
+            tokens, weight, bias, residual, num_prefix_tokens, *grid, memo=memo
+        )
+    return token_conv2d_reference(
         tokens, weight, bias, grid=grid, residual=residual, num_prefix_tokens=num_prefix_tokens
     )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._common.operators import first_derivative, needs_gradient, register
+from .._common.plans import Memo
 
 
 def _fwd_shapes(
@@ -81,16 +82,10 @@ class _TokenConv2d(torch.autograd.Function):
 
 
 def token_conv2d_triton(
-    tokens: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    grid: tuple[int, int],
-    residual: Tensor | None,
-    num_prefix_tokens: int,
-) -> Tensor:
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
+    prefix: int, height: int, width: int, *, memo: Memo | None = None,
+) -> Tensor:  # fmt: skip
     """The operation of `api.token_conv2d` by the Triton kernels."""
-    arguments = (tokens, weight, bias, residual, num_prefix_tokens, *grid)
     if needs_gradient(tokens, weight, bias, residual):
-        return _TokenConv2d.apply(*arguments)
-    return _FWD(*arguments)
+        return _TokenConv2d.apply(tokens, weight, bias, residual, prefix, height, width)
+    return _FWD(tokens, weight, bias, residual, prefix, height, width, memo=memo)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._common.kernel_call import KernelCall
 from .._common.launch import ceil_div, device_guard, empty, unit_last
-from .._common.plans import Plans
+from .._common.plans import Memo, Plans
 from . import configs
 from .triton_blocks import lanes_of, load_row, widened
 
@@ -172,13 +172,14 @@ _PLANS = Plans(_plan)
 
 def convolve(
     tokens: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-    prefix: int, height: int, width: int, *, flipped: bool = False,
+    prefix: int, height: int, width: int,
+    *, flipped: bool = False, memo: Memo | None = None,
 ) -> Tensor:  # fmt: skip
     """`api.token_conv2d` on checked tensors; with `flipped` weights, its transpose."""
     out = empty(*tokens.shape, like=tokens)
     if tokens.numel() == 0:
         return out
-    call = _PLANS((tokens, weight, bias, residual), prefix, height, width, flipped)
+    call = _PLANS((tokens, weight, bias, residual), prefix, height, width, flipped, memo=memo)
     tokens = unit_last(tokens)
     taps = _taps(weight)
     with device_guard(tokens):
@@ -191,10 +192,10 @@ def convolve(
 
 def token_conv2d_fwd(
     tokens: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None,
-    prefix: int, height: int, width: int,
+    prefix: int, height: int, width: int, *, memo: Memo | None = None,
 ) -> Tensor:  # fmt: skip
     """The operation of `api.token_conv2d` on tensors that `api` has checked."""
-    return convolve(tokens, weight, bias, residual, prefix, height, width)
+    return convolve(tokens, weight, bias, residual, prefix, height, width, memo=memo)
 
 
 def token_conv2d_bwd_tokens(

@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from lintra.kernels._common import launch
 from lintra.kernels._common.pinning import pinned
+from lintra.kernels.grouped_mlp.triton_fwd import grouped_mlp_fwd
 from lintra.kernels.layer_norm.triton_fwd import layer_norm_fwd
 from lintra.kernels.linear_attention import configs as linear_configs
 from lintra.kernels.linear_attention.triton_bwd import linear_attention_bwd
@@ -82,6 +83,12 @@ def convolution(channels: int, dtype: torch.dtype) -> None:
         token_conv2d_bwd_weight(tokens, tokens, channels, size, False, 0, *grid)
 
 
+def mlp(width: int, dtype: torch.dtype) -> None:
+    x, weight1, weight2 = (torch.empty(n, 2 * width, dtype=dtype) for n in (5, width, 9 * width))
+    weights = [w.view(-1, width, 1) for w in (weight1, weight2)]
+    grouped_mlp_fwd(x, weights[0], x.new_empty(2 * width), weights[1], x.new_empty(18 * width), 2)
+
+
 driver.set_active(NoDevice())
 JITFunction.__getitem__ = compiles
 for module in (launch, linear_configs, local_configs):
@@ -92,6 +99,7 @@ for dtype in (torch.float32, torch.bfloat16):
 for dim, dtype in ((16, torch.float32), (64, torch.bfloat16)):
     linear(dim, dtype, *LINEAR)
     local(dim, dtype)
+    mlp(dim, dtype)
 with pinned(fwd_way="wide", bwd_way="wide"):
     linear(288, torch.bfloat16, *LINEAR)
 for dim in (64, 288, 320):  # one part of channels, and the most memory of each launch

@@ -7,7 +7,6 @@ from torch.nn import functional as F
 from kernel_checks import DEVICE, on_gpu_or_interpreted, poisoned
 from lintra.kernels import layer_norm
 from lintra.kernels.layer_norm import api
-from lintra.kernels.layer_norm.reference import layer_norm_reference
 
 __all__ = ["poisoned"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -86,6 +85,18 @@ def test_compiles_without_a_graph_break():
     torch.testing.assert_close(compiled(*inputs), layer_norm(*inputs))
 
 
+def test_a_graph_traced_without_autocast_ignores_it_later():
+    class Norm(torch.nn.Module):
+        def forward(self, x, weight, bias):
+            return layer_norm(x, weight, bias, impl="reference")
+
+    inputs = inputs_of(2, 3, 5)
+    exported = torch.export.export(Norm(), inputs).module()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = exported(*inputs)
+    assert torch.equal(out, Norm()(*inputs))
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -101,7 +112,6 @@ def test_few_tokens_do_not_pay_for_a_launch(monkeypatch, tokens, expected):
 
     def kernel(*inputs):
         calls.append(inputs)
-        return layer_norm_reference(*inputs)
 
     monkeypatch.setattr(api, "takes_kernel", lambda *_: True)  # as on a GPU
     monkeypatch.setattr(api, "layer_norm_triton", kernel)

@@ -10,6 +10,7 @@ from kernel_checks import DEVICE, on_gpu_or_interpreted
 from lintra.kernels import linear_attention
 from lintra.kernels._common import operators
 from lintra.kernels._common.operators import Operator
+from lintra.kernels._common.plans import Memo
 
 
 class Subclass(Tensor):
@@ -51,6 +52,14 @@ def test_plain_tensors_go_to_the_launcher(operator):
         assert operator(x, torch.ones(3)) == "launcher"
     with torch.autocast("cpu"):
         assert operator(x) == "launcher"
+
+
+def test_a_memo_goes_to_the_launcher_alone():
+    made = Operator("linear_attention_fwd", lambda *_, memo=None: memo)
+    made._registered = lambda *arguments: arguments
+    x, memo = torch.ones(3), Memo()
+    assert made(x, memo=memo) is memo
+    assert made(x.requires_grad_(), memo=memo) == (x,)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernel_checks import DEVICE, on_gpu_or_interpreted
+from lintra.kernels import layer_norm, linear_attention, token_conv2d
 from lintra.kernels._common import plans as module
 from lintra.kernels._common.pinning import pin_or, pinned
-from lintra.kernels._common.plans import Plans
+from lintra.kernels._common.plans import Memo, Plans
 
 
 @pytest.fixture
@@ -95,6 +97,38 @@ def test_what_has_no_layout_is_made_each_time(arguments: tuple) -> None:
     for _ in range(2):
         plans(*arguments)
     assert len(made) == 2
+
+
+def test_a_memo_keeps_the_plan(plans: Plans, made: list) -> None:
+    memo, x = Memo(), torch.rand(2, 3)
+    first = plans((x,), memo=memo)
+    plans._known.clear()
+    assert plans((x,), memo=memo) is first
+    assert plans((x,), memo=Memo()) == first
+    assert len(made) == 2
+
+
+@on_gpu_or_interpreted
+def test_every_option_of_an_operation_has_its_memo() -> None:
+    q, k, v = torch.rand(3, 1, 6, 1, 16, device=DEVICE).unbind()
+    weight, bias = torch.rand(16, 3, 3, device=DEVICE), torch.rand(16, device=DEVICE)
+
+    def norm(eps: float, impl: str) -> Tensor:
+        return layer_norm(q, bias, bias, eps=eps, impl=impl)
+
+    def attend(eps: float, impl: str) -> Tensor:
+        return linear_attention(q, k, v, scale=eps, eps=eps, impl=impl)
+
+    def convolve(eps: float, impl: str) -> Tensor:
+        grid = (2, 3) if eps < 1 else (3, 2)
+        return token_conv2d(v.flatten(2), weight, grid=grid, impl=impl)
+
+    for operation in (norm, attend, convolve):
+        for eps in (0.5, 2.0, 0.5):
+            expected = operation(eps, "reference")
+            torch.testing.assert_close(operation(eps, "triton"), expected)
+    with pinned(unknown=1):
+        torch.testing.assert_close(norm(0.5, "triton"), norm(0.5, "reference"))
 
 
 def test_compilers_see_no_memory() -> None:

@@ -71,7 +71,7 @@ def test_equals_official(name: str) -> None:
 def test_cswin_core_equals_official(name: str) -> None:
     mixer, description, case = build(name)
     inputs = {k: v.double().requires_grad_() for k, v in group(case, "in/").items()}
-    q, k, v = (mixer._heads(x) for x in inputs["qkv"])
+    q, k, v = (mixer._parts(x, 1)[0] for x in inputs["qkv"])
     mean = inputs.get("x_mean", torch.zeros(2, mixer.dim))
     out = mixer.mix(q, k, v, mean, tuple(description["grid"]))
     out.backward(case["cotangent"].double())
@@ -109,6 +109,22 @@ def test_autocast_is_finite_and_close(method: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = mixer(x)
     assert relative_error(out, expected) < 0.05
+
+
+@pytest.mark.parametrize("method", MIXERS)
+def test_an_empty_batch_stays_empty(method: str) -> None:
+    assert MIXERS[method](12, 3, grid=(2, 3))(torch.randn(0, 6, 12)).shape == (0, 6, 12)
+
+
+def test_autocast_lowers_the_dynamic_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    mixer = InLineAttention(8, 2, grid=(2, 3))
+    monkeypatch.setattr(
+        mixer, "local_kernel", lambda mean: made.append(mean) or (torch.ones(8, 3, 3), None)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        mixer(torch.randn(2, 6, 8))
+    assert made[0].dtype == torch.bfloat16
 
 
 def test_dead_queries_are_finite_in_half_precision() -> None:

@@ -98,6 +98,16 @@ def test_default_cfg_and_classifier(name: str) -> None:
     assert create_small(name, **arguments).eval()(x).shape == tokens.shape
 
 
+@one_a_family
+def test_idle_dropout_is_left_out(name: str) -> None:
+    idle, active = create_small(name), create_small(name, proj_drop_rate=0.1)
+    dropouts = [n for n, m in idle.named_modules() if isinstance(m, torch.nn.Dropout)]
+    assert all(n.endswith("attn_drop") for n in dropouts)
+    blocks = sum(n.endswith("mlp") for n, _ in active.named_modules())
+    rates = [m.p for m in active.modules() if isinstance(m, torch.nn.Dropout)]
+    assert rates.count(0.1) == 3 * blocks
+
+
 @every_name
 @torch.no_grad()
 def test_features_only(name: str) -> None:

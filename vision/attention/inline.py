@@ -7,7 +7,7 @@ from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lintra.kernels import linear_attention
+from lintra.kernels import grouped_mlp, linear_attention
 
 from .mixer import Grid, LinearMixer
 
@@ -17,17 +17,6 @@ KERNEL_FUNCTIONS = {
     "leakyrelu": lambda x: F.leaky_relu(x, 0.01),
     "exp": lambda x: torch.exp(0.2 * x),
 }
-
-
-def _grouped_linear(x: Tensor, conv: Any) -> Tensor:
-    """What the grouped 1x1 `conv` does, on groups side by side: ``(G, B, C)`` to ``(G, B, C')``.
-
-    One batched product; cuDNN takes a launch a group.
-    """
-    groups, channels = conv.groups, conv.in_channels // conv.groups
-    weight = conv.weight.view(groups, -1, channels).transpose(1, 2)
-    bias = conv.bias.view(groups, 1, -1)
-    return torch.baddbmm(bias, x, weight)
 
 
 @register_notrace_module
@@ -92,11 +81,10 @@ class InLineAttention(LinearMixer):
 
     def local_kernel(self, mean: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert mean is not None
-        first, activation, second = self.residual
-        by_group = mean.unflatten(1, (self.num_heads, -1)).transpose(0, 1)  # (H, B, D)
-        hidden = activation(_grouped_linear(by_group, first))
-        # (H, B, 9 D): channels of a head one after the other, each with its nine weights.
-        kernel = _grouped_linear(hidden, second).transpose(0, 1).reshape(-1, self.dim, 3, 3)
-        if self.lepe is None:
-            return kernel, None
-        return kernel + self.lepe.weight.squeeze(1), self.lepe.bias
+        layers: Any = self.residual
+        first, _, second = layers
+        # (9 C): channels of a head one after the other, each with its nine weights.
+        bias = second.bias if self.lepe is None else second.bias + self.lepe.weight.flatten()
+        weights = (first.weight, first.bias, second.weight, bias)
+        kernel = grouped_mlp(mean, *weights, groups=self.num_heads).view(-1, self.dim, 3, 3)
+        return kernel, None if self.lepe is None else self.lepe.bias

@@ -101,8 +101,14 @@ class LinearMixer(Foldable, nn.Module):
         """Makes `grid` the usual one; position tables are resized."""
         self.grid = (grid[0], grid[1])
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1))
+    def _parts(self, projected: Tensor, count: int) -> tuple[Tensor, ...]:
+        """``projected`` (B, N, count * C) as `count` views (B, N, H, D).
+
+        All at once: a view is a microsecond of the host, which eager mode waits for.
+        """
+        batch, tokens, _ = projected.shape
+        heads = self.num_heads
+        return projected.view(batch, tokens, count, heads, self.dim // heads).unbind(2)
 
     def _reduced_grid(self, grid: Grid) -> Grid:
         return grid[0] // self.sr_ratio, grid[1] // self.sr_ratio
@@ -110,14 +116,13 @@ class LinearMixer(Foldable, nn.Module):
     def project(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """``x`` (B, N, C) to q (B, N, H, D) and k, v (B, N', H, D), views where possible."""
         if self.fused_qkv:
-            # All parts at once: a view is a microsecond of the host, which eager mode waits for.
-            q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+            q, k, v = self._parts(self.qkv(x), 3)
             return q, k, v
-        q = self._heads(self.q(x))
+        (q,) = self._parts(self.q(x), 1)
         if self.sr_ratio > 1:
             image = x.transpose(1, 2).unflatten(2, grid)
             x = self.norm(self.sr(image).flatten(2).transpose(1, 2))
-        k, v = self.kv(x).unflatten(-1, (2, self.num_heads, -1)).unbind(-3)
+        k, v = self._parts(self.kv(x), 2)
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
@@ -144,6 +149,8 @@ class LinearMixer(Foldable, nn.Module):
             # Along the flattened tokens, not in the plane: how the official weights were trained.
             resized = F.interpolate(values.transpose(1, 2), size=q.shape[1], mode="linear")
             values = resized.transpose(1, 2).to(out.dtype)
+        if mean is not None and mean.dtype != v.dtype:
+            mean = mean.to(v.dtype)  # as autocast does with what it projects
         weight, bias = self.local_kernel(mean)
         return token_conv2d(
             values, weight, bias, grid=grid, residual=out, num_prefix_tokens=self.num_prefix_tokens

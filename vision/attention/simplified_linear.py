@@ -75,12 +75,14 @@ class SimplifiedLinearAttention(LinearMixer):
         positions = self._positions(grid)
         if self.num_prefix_tokens:
             positions = F.pad(positions, (0, 0, self.num_prefix_tokens, 0))
-        k = (k + self._heads(positions)).to(q.dtype)  # a float32 table must not widen half keys
+        k = k + positions.view(*k.shape[1:])
+        if k.dtype != q.dtype:
+            k = k.to(q.dtype)  # a float32 table must not widen half keys
         return linear_attention(q, k, v, feature_map="relu", normalizer="ratio", eps=1e-6)
 
     def local_kernel(self, mean: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        weight: Tensor = self.dwc.weight.squeeze(1)
-        bias: Tensor = self.dwc.get_parameter("bias")
+        dwc: Any = self.dwc
+        weight, bias = dwc.weight.squeeze(1), dwc.bias
         if self.lepe is not None:
             # Both convolve v: one pass with the sum of the kernels, the smaller one padded.
             border = (weight.shape[-1] - 3) // 2
