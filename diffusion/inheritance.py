@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
@@ -80,9 +79,8 @@ def linear_attention_names(model: nn.Module) -> list[str]:
 
 
 def self_attention_names(model: nn.Module) -> list[str]:
-    """Names of the self-attention modules, linear or softmax, of a model of diffusers' blocks."""
-    blocks = [n for n, m in model.named_modules() if isinstance(m, BasicTransformerBlock)]
-    return [f"{name}.attn1" for name in blocks]
+    """Names of the self-attention modules, linear or softmax: diffusers calls them `attn1`."""
+    return [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "attn1"]
 
 
 def student_config(

@@ -31,8 +31,9 @@ class LiTAttnProcessor:
             query = attn.to_q(hidden_states)
             key = attn.to_k(hidden_states)
             value = attn.to_v(hidden_states)
+        shape = (*query.shape[:2], attn.heads, -1)
         out = linear_attention(
-            *(x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value)),
+            *(x.view(shape) for x in (query, key, value)),
             feature_map=attn.feature_map,
             normalizer="ratio",
             eps=attn.eps,

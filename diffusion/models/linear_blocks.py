@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..attention.linear import LiTAttention, ValueConv2d
 from ..inheritance import inherit_weights, student_config
+from .lit_block import LiTBlock
 
 # Head channels the default number of heads aims at: LiT-S/B/L/XL have 192, 256, 256, 288.
 _HEAD_CHANNELS = 256
@@ -23,7 +24,10 @@ def default_num_linear_heads(width: int) -> int:
 
 
 def install_linear_attention(
-    blocks: Iterable[BasicTransformerBlock], width: int, num_heads: int | None, **options: Any
+    blocks: Iterable[BasicTransformerBlock | LiTBlock],
+    width: int,
+    num_heads: int | None,
+    **options: Any,
 ) -> None:
     """Puts a `LiTAttention` in the place of each block's self-attention; `attn2` stays.
 

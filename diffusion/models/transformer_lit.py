@@ -9,10 +9,11 @@ from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  (see models/__init__.py)
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .linear_blocks import LinearTransformerMixin, install_linear_attention, token_grid
+from .lit_block import LiTBlock
 from .transformer_dit import DIFFUSERS_TIME_FREQ_SHIFT, set_time_freq_shift
 
 
@@ -34,6 +35,9 @@ class LiTTransformer2DModel(LinearTransformerMixin, AttentionMixin, DiTTransform
             twice the `sample_size` keeps the positions it knows with 2 (the table resized); with 1
             the table is extended beyond them.
     """
+
+    _no_split_modules = ["LiTBlock"]
+    _repeated_blocks = ["LiTBlock"]
 
     @register_to_config
     def __init__(
@@ -91,6 +95,7 @@ class LiTTransformer2DModel(LinearTransformerMixin, AttentionMixin, DiTTransform
                 embed_dim=self.inner_dim,
                 interpolation_scale=interpolation_scale,
             )
+        self.transformer_blocks: Any = nn.ModuleList(map(LiTBlock, self.transformer_blocks))
         install_linear_attention(
             self.transformer_blocks,
             self.inner_dim,
@@ -132,9 +137,10 @@ class LiTTransformer2DModel(LinearTransformerMixin, AttentionMixin, DiTTransform
         grid = token_grid(hidden_states, patch)
         attention_kwargs = {**(cross_attention_kwargs or {}), "grid": grid}
         hidden_states = self.pos_embed(hidden_states)  # (B, N, C)
+        time_features = self.transformer_blocks[0].norm1.emb.time_proj(timestep)
 
         for block in self.transformer_blocks:
-            arguments = (hidden_states, None, None, None, timestep, attention_kwargs, class_labels)
+            arguments = (hidden_states, time_features, class_labels, attention_kwargs)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, *arguments)
             else:

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ..compilation import compile_blocks
@@ -28,6 +29,13 @@ from .trainable import finish, has_lora, save_trained, trains_all
 
 # In the folder of a trained pipeline: the recipe that made it.
 RECIPE_FILE = "recipe.json"
+# Not cuDNN's, which torch 2.11 prefers on an H100: the backward pass of a small FLUX (260 tokens)
+# ended there in an illegal memory access, and some masks give NaN (pytorch/pytorch#196678).
+_SOFTMAX_BACKENDS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 class TrainingDiverged(RuntimeError):
@@ -144,7 +152,7 @@ class Trainer:
             kinds = (int, float, str, bool)
             scalars = {key: value for key, value in training.items() if isinstance(value, kinds)}
             self.accelerator.init_trackers(self.recipe.logging.tracker_project_name, scalars)
-        with StopRequest() as stop:
+        with StopRequest() as stop, sdpa_kernel(_SOFTMAX_BACKENDS):
             self._train(stop)
             is_done = self.step == self.recipe.training.max_train_steps
             pipeline = self._finish() if is_done else None

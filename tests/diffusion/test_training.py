@@ -83,6 +83,19 @@ def test_precisions_on_a_gpu(teacher, tmp_path, precision):
     assert_linear(load_pipeline(result.pipeline).transformer)
 
 
+def test_softmax_attention_is_never_that_of_cudnn(tmp_path):
+    trainer = Trainer(digits_recipe(tmp_path))
+    used, call = [], trainer.task.objective.family.__call__
+    trainer.task.objective.family = lambda *arguments: (
+        used.append(torch.backends.cuda.cudnn_sdp_enabled()) or call(*arguments)
+    )
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    trainer.run()
+    assert used
+    assert not any(used)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 def test_the_pipeline_has_the_averaged_weights(tmp_path):
     checkpoint = {"checkpointing_steps": 6}
     averaged = Trainer(digits_recipe(tmp_path / "a", checkpoint=checkpoint)).run().pipeline
