@@ -1,11 +1,14 @@
 """A launch of a Triton kernel that waits less for the host from the second time on."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .boxes import Box
 
 # Triton takes pointers to this boundary for granted where it met one when it compiled.
 _ALIGNMENT = 16
@@ -27,6 +30,8 @@ class KernelCall:
         grid: of programs, one to three sides.
         numbers: arguments after the tensors.
         constants: the rest by name, `constexpr` arguments and options of the launch.
+        boxes: arguments before all others, as (which of the tensors, its box).
+        only_boxes: so many leading tensors are no argument by themselves.
 
     A call belongs to one layout, that of `Plans`: tensors of the same shapes, strides, dtypes and
     device every time, and this device is the current one.
@@ -38,11 +43,15 @@ class KernelCall:
         grid: Sequence[int],
         numbers: Sequence[object],
         constants: Mapping[str, object],
+        boxes: "Sequence[tuple[int, Box]]" = (),
+        only_boxes: int = 0,
     ) -> None:
         self._kernel = kernel
         self._grid = tuple(grid)
         self._numbers = tuple(numbers)
         self._constants = constants
+        self._boxes = tuple(boxes)
+        self._only_boxes = only_boxes
         # What never changes between direct launches; None before the first.
         self._direct: tuple[Any, ...] | None = None
 
@@ -57,17 +66,25 @@ class KernelCall:
             run, grid, stream_of, device, function, metadata, rest = self._direct
             # Within a CUDA graph or another stream, the current one is theirs.
             stream = stream_of(device)
+            if self._boxes:
+                boxes = [box.at(tensors[index]) for index, box in self._boxes]
+                pointers[: self._only_boxes] = boxes
             run(*grid, stream, function, metadata, None, None, None, *pointers, *rest)
             return
-        compiled = self._kernel[self._grid](*tensors, *self._numbers, **self._constants)
+        arguments = (
+            *(box.of(tensors[index]) for index, box in self._boxes),
+            *tensors[self._only_boxes :],
+            *self._numbers,
+        )
+        compiled = self._kernel[self._grid](*arguments, **self._constants)
         if aligned and self._direct is None:
-            self._direct = self._prepared(compiled, len(tensors))
+            self._direct = self._prepared(compiled, len(arguments))
 
     def _prepared(self, compiled: Any, count: int) -> tuple[Any, ...] | None:
         """The direct launch of `compiled`, None where there is none: the interpreter compiles
         nothing, AMD's kernels are also compiled for the size of a tensor's memory."""
         parts = [getattr(compiled, name, None) for name in ("run", "function", "packed_metadata")]
-        names = getattr(self._kernel, "arg_names", ())[count + len(self._numbers) :]
+        names = getattr(self._kernel, "arg_names", ())[count:]
         known = triton.__version__.startswith(tuple(f"{release}." for release in _RELEASES))
         if None in parts or not known or torch.version.hip is not None:
             return None

@@ -15,7 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .._common.boxes import Box
 
 # Triton 3.6 calls it thread_barrier.
 thread_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -171,7 +172,7 @@ def weigh(s, w, c, WEIGHED: gl.constexpr, LESS: gl.constexpr):
     return s
 
 
-def descriptors(tensor: Tensor, rows: int, *widths: int) -> list[TensorDescriptor]:
+def boxes_of(tensor: Tensor, rows: int, *widths: int) -> list[Box]:
     """Boxes of `rows` tokens and each width of channels of (B, N, H, D); width 0 repeats the first.
     The copy engine wants a proper stride where a size of 1 has any."""
     batch, tokens, heads, channels = tensor.shape
@@ -183,5 +184,5 @@ def descriptors(tensor: Tensor, rows: int, *widths: int) -> list[TensorDescripto
     boxes = []
     for width in (x or widths[0] for x in widths):
         layout = gl.NVMMASharedLayout(min(128, 2 * width), 16, 4)
-        boxes.append(TensorDescriptor(tensor, shape, strides, [1, 1, rows, width], layout))
+        boxes.append(Box(shape, strides, [1, 1, rows, width], layout))
     return boxes

@@ -16,14 +16,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
 
+from .._common.kernel_call import KernelCall
 from .._common.launch import ceil_div
+from .._common.plans import Plans
 from . import configs
 from .hopper_blocks import (
     activate,
     add_values,
     advance,
     allocate,
-    descriptors,
+    boxes_of,
     load,
     scores,
     store,
@@ -137,23 +139,40 @@ def _linear_attention_fwd_quadratic_hopper_kernel(
     tma.store_wait(0)
 
 
-def attend_quadratic_hopper(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor,
+def _plan(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
     feature_map: str, normalizer: str, scale: float, eps: float,
-) -> None:  # fmt: skip
-    """Fills `out`; no covariance, bfloat16 and as many value as head channels only."""
+) -> KernelCall:  # fmt: skip
+    query, key, _, _ = tensors
     batch, num_queries, heads, head_dim = query.shape
     launch = configs.launch_of("fwd_quadratic_hopper", query, head_dim)
     parts = configs.parts_of(head_dim, "d", "fwd_quadratic_hopper", query.dtype)
     tiles = ceil_div(num_queries, launch.block)
     rows = (launch.block, launch.step, launch.step, launch.block)
     boxes = [
-        box
-        for tensor, count in zip((query, key, value, out), rows, strict=True)
-        for box in descriptors(tensor, count, *parts)
+        (index, box)
+        for index, (tensor, count) in enumerate(zip(tensors, rows, strict=True))
+        for box in boxes_of(tensor, count, *parts)
     ]
-    _linear_attention_fwd_quadratic_hopper_kernel[(batch * heads * tiles,)](
-        *boxes, key.shape[1], tiles, heads, scale, eps, D=head_dim, D0=parts[0], D1=parts[1],
-        FEATURE=feature_map, RATIO=normalizer == "ratio",
-        BLOCK=launch.block, STEP=launch.step, STAGES=launch.stages, num_warps=launch.block // 16,
+    constants = {
+        "D": head_dim, "D0": parts[0], "D1": parts[1],
+        "FEATURE": feature_map, "RATIO": normalizer == "ratio",
+        "BLOCK": launch.block, "STEP": launch.step, "STAGES": launch.stages,
+        "num_warps": launch.block // 16,
+    }  # fmt: skip
+    return KernelCall(
+        _linear_attention_fwd_quadratic_hopper_kernel, (batch * heads * tiles,),
+        (key.shape[1], tiles, heads, scale, eps), constants, boxes, only_boxes=4,
     )  # fmt: skip
+
+
+_PLANS = Plans(_plan)
+
+
+def attend_quadratic_hopper(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor,
+    feature_map: str, normalizer: str, scale: float, eps: float,
+) -> None:  # fmt: skip
+    """Fills `out`; no covariance, bfloat16 and as many value as head channels only."""
+    tensors = (query, key, value, out)
+    _PLANS(tensors, feature_map, normalizer, scale, eps)(*tensors)

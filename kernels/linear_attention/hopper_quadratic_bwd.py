@@ -15,22 +15,25 @@ follow each other, so that tiles of queries and their gradients come from the L2
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .._common.boxes import Box
+from .._common.kernel_call import KernelCall
 from .._common.launch import ceil_div, copy_engine_takes, empty
+from .._common.plans import Plans
 from . import configs
 from .hopper_blocks import (
     activate,
     add_values,
     advance,
     allocate,
-    descriptors,
+    boxes_of,
     feature_grad,
     load,
     of_tokens,
@@ -329,12 +332,63 @@ def _linear_attention_bwd_quadratic_keys_hopper_kernel(
 
 def _boxes(
     tensors: Sequence[Tensor], rows: Sequence[int], parts: tuple[int, int]
-) -> list[TensorDescriptor]:
+) -> list[tuple[int, Box]]:
     return [
-        box
-        for tensor, count in zip(tensors, rows, strict=True)
-        for box in descriptors(tensor, count, *parts)
+        (index, box)
+        for index, (tensor, count) in enumerate(zip(tensors, rows, strict=True))
+        for box in boxes_of(tensor, count, *parts)
     ]
+
+
+class _Plan(NamedTuple):
+    """Numbers a token that both kernels share, ``(B * H, columns)`` twice, and the kernels."""
+
+    scratch: tuple[int, int]
+    queries: KernelCall
+    keys: KernelCall
+
+
+def _plan(
+    tensors: tuple[Tensor, ...], feature_map: str, normalizer: str, scale: float, eps: float
+) -> _Plan:
+    inputs, grads = tensors[:4], tensors[4:]
+    _, query, key, _ = inputs
+    batch, num_queries, heads, head_dim = query.shape
+    rows, num_keys = batch * heads, key.shape[1]
+    options = {"D": head_dim, "FEATURE": feature_map, "RATIO": normalizer == "ratio"}
+
+    def constants(launch: configs.Launch, parts: tuple[int, int]) -> dict[str, object]:
+        sizes = {"BLOCK": launch.block, "STEP": launch.step, "STAGES": launch.stages}
+        warps = {"num_warps": launch.block // 16}
+        return {"D0": parts[0], "D1": parts[1], **sizes, **warps, **options}
+
+    name = "bwd_quadratic_hopper_queries"
+    launch = configs.launch_of(name, query, head_dim)
+    parts = configs.parts_of(head_dim, "d", name, query.dtype)
+    own, other = launch.block, launch.step
+    tiles = ceil_div(num_queries, own)
+    # Whole tiles, so that the kernel for keys reads without a mask.
+    columns = tiles * own
+    queries = KernelCall(
+        _linear_attention_bwd_quadratic_queries_hopper_kernel, (rows * tiles,),
+        (num_queries, num_keys, tiles, heads, scale, eps), constants(launch, parts),
+        _boxes((*inputs, grads[0]), (own, own, other, other, own), parts), only_boxes=5,
+    )  # fmt: skip
+
+    name = "bwd_quadratic_hopper_keys"
+    launch = configs.launch_of(name, query, head_dim)
+    parts = configs.parts_of(head_dim, "d", name, query.dtype)
+    own, other = launch.block, launch.step
+    tiles, steps = ceil_div(num_keys, own), columns // other
+    keys = KernelCall(
+        _linear_attention_bwd_quadratic_keys_hopper_kernel, (rows * tiles * 2,),
+        (num_queries, tiles, steps, heads, scale), constants(launch, parts),
+        _boxes((*inputs, *grads[1:]), (other, other, own, own, own, own), parts), only_boxes=6,
+    )  # fmt: skip
+    return _Plan((rows, columns), queries, keys)
+
+
+_PLANS = Plans(_plan)
 
 
 def backward_quadratic_hopper(
@@ -348,33 +402,8 @@ def backward_quadratic_hopper(
         x if copy_engine_takes(x) else x.clone(memory_format=torch.contiguous_format)
         for x in inputs
     )
-    _, query, key, _ = inputs
-    batch, num_queries, heads, head_dim = query.shape
-    rows, num_keys = batch * heads, key.shape[1]
-    options = {"D": head_dim, "FEATURE": feature_map, "RATIO": normalizer == "ratio"}
-
-    name = "bwd_quadratic_hopper_queries"
-    launch = configs.launch_of(name, query, head_dim)
-    parts = configs.parts_of(head_dim, "d", name, query.dtype)
-    own, other = launch.block, launch.step
-    tiles = ceil_div(num_queries, own)
-    # Whole tiles, so that the kernel for keys reads without a mask.
-    weights, offsets = (empty(rows, tiles * own, like=query, dtype=torch.float32) for _ in "wc")
-    boxes = _boxes((*inputs, grads[0]), (own, own, other, other, own), parts)
-    _linear_attention_bwd_quadratic_queries_hopper_kernel[(rows * tiles,)](
-        *boxes, weights, offsets, num_queries, num_keys, tiles, heads, scale, eps,
-        D0=parts[0], D1=parts[1], BLOCK=own, STEP=other, STAGES=launch.stages,
-        num_warps=own // 16, **options,
-    )  # fmt: skip
-
-    name = "bwd_quadratic_hopper_keys"
-    launch = configs.launch_of(name, query, head_dim)
-    parts = configs.parts_of(head_dim, "d", name, query.dtype)
-    own, other = launch.block, launch.step
-    tiles, steps = ceil_div(num_keys, own), weights.shape[1] // other
-    boxes = _boxes((*inputs, *grads[1:]), (other, other, own, own, own, own), parts)
-    _linear_attention_bwd_quadratic_keys_hopper_kernel[(rows * tiles * 2,)](
-        *boxes, weights, offsets, num_queries, tiles, steps, heads, scale,
-        D0=parts[0], D1=parts[1], BLOCK=own, STEP=other, STAGES=launch.stages,
-        num_warps=own // 16, **options,
-    )  # fmt: skip
+    plan = _PLANS((*inputs, *grads), feature_map, normalizer, scale, eps)
+    like = inputs[1]
+    weights, offsets = (empty(*plan.scratch, like=like, dtype=torch.float32) for _ in "wc")
+    plan.queries(*inputs, grads[0], weights, offsets)
+    plan.keys(*inputs, *grads[1:], weights, offsets)

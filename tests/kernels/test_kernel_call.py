@@ -87,6 +87,46 @@ def test_the_first_call_compiles_and_the_next_is_direct(triton):
     assert direct == ("direct", expected)
 
 
+def test_boxes_come_first_and_are_checked_once(triton):
+    class Box:
+        def of(self, tensor):
+            return ("checked", tensor.data_ptr())
+
+        def at(self, tensor):
+            return ("box", tensor.data_ptr())
+
+    kernel = Kernel()
+    kernel.arg_names = ["q0_d", "q1_d", "k_d", "p_o", "rows", "WIDTH", "BLOCK"]
+    boxes = [(0, Box()), (0, Box()), (1, Box())]
+    call = KernelCall(kernel, (5,), (9,), CONSTANTS, boxes, only_boxes=2)
+    for _ in range(2):
+        query, key, out = *tensors(), tensors()[0]
+        call(query, key, out)
+    (way, ordinary), (last_way, direct) = kernel.log
+    assert (way, last_way) == ("triton", "direct")
+    assert [x[0] for x in ordinary[1:4]] == ["checked"] * 3
+    assert ordinary[5] == 9
+    addresses = [x.data_ptr() for x in (query, query, key)]
+    assert direct[9:12] == tuple(("box", address) for address in addresses)
+    assert direct[12:] == (out.data_ptr(), 9, 8, 64)
+
+
+def test_a_box_is_a_tensor_descriptor():
+    pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="needs Gluon")
+    from triton.experimental.gluon import language as gl
+
+    from lintra.kernels._common.boxes import Box
+
+    box = Box([2, 64], [64, 1], [1, 64], gl.NVMMASharedLayout(128, 16, 2))
+    first, second = (torch.zeros(2, 64, dtype=torch.bfloat16) for _ in range(2))
+    checked, quick = box.of(first), box.at(second)
+    assert type(quick) is type(checked)
+    assert (checked.base is first, quick.base is second) == (True, True)
+    assert {**vars(checked), "base": None} == {**vars(quick), "base": None}
+    with pytest.raises(AssertionError, match="aligned"):
+        box.of(torch.zeros(129, dtype=torch.bfloat16)[1:].view(2, 64))
+
+
 def test_unaligned_pointers_take_the_ordinary_way(triton):
     kernel = Kernel()
     call = call_of(kernel)

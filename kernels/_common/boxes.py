@@ -1,0 +1,42 @@
+"""What the copy engine of Hopper (TMA) moves, described once for each layout."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+
+class Box:
+    """A `TensorDescriptor` but for its memory.
+
+    Triton checks a descriptor and its layout whenever one is made, some 10 us of the host; they
+    follow from the layout, so that one check is enough.
+
+    Args:
+        shape: of the tensor as the copy engine sees it, up to five sides.
+        strides: in elements, the last 1.
+        block: sides of what one copy moves.
+        layout: of that in shared memory.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], strides: Sequence[int], block: Sequence[int], layout: Any
+    ) -> None:
+        self._arguments = (list(shape), list(strides), list(block), layout)
+        # All fields of a checked descriptor but its memory, which must not be kept alive.
+        self._fields: dict[str, Any] | None = None
+
+    def of(self, tensor: Tensor) -> TensorDescriptor:
+        """The descriptor of `tensor`, checked: its memory must lie on a boundary of 16 bytes."""
+        made = TensorDescriptor(tensor, *self._arguments)
+        self._fields = {name: value for name, value in vars(made).items() if name != "base"}
+        return made
+
+    def at(self, tensor: Tensor) -> TensorDescriptor:
+        """The same without a check, once `of` has made one: for memory that is known to fit."""
+        if self._fields is None:
+            return self.of(tensor)
+        made = object.__new__(TensorDescriptor)
+        vars(made).update(self._fields, base=tensor)
+        return made
