@@ -5,7 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.utils import DistributedType
+from diffusers.training_utils import EMAModel
 
 from lintra.diffusion.training.checkpoint import CheckpointKeeper
 from lintra.diffusion.training.config import CheckpointConfig
@@ -16,6 +18,8 @@ class Accelerator(SimpleNamespace):
 
     is_main_process = True
     num_processes = 1
+    device = torch.device("cpu")
+    _custom_objects = ()
 
     def register_save_state_pre_hook(self, hook):
         pass
@@ -43,3 +47,13 @@ def test_deepspeed_leaves_frozen_parameters_out(kind, tmp_path):
     is_deepspeed = kind == DistributedType.DEEPSPEED
     assert accelerator.saved == ({"exclude_frozen_parameters": True} if is_deepspeed else {})
     assert accelerator.loaded == ({"load_module_strict": False} if is_deepspeed else {})
+
+
+def test_averages_come_back_to_the_device(tmp_path):
+    average = EMAModel([torch.zeros(2)])
+    accelerator = Accelerator(
+        distributed_type=DistributedType.NO, device=torch.device("meta"), _custom_objects=[average]
+    )
+    keeper = CheckpointKeeper(accelerator, tmp_path, CheckpointConfig())
+    keeper.load(keeper.save(7))
+    assert average.shadow_params[0].device.type == "meta"
