@@ -29,9 +29,9 @@ from .trainable import finish, has_lora, save_trained, trains_all
 
 # In the folder of a trained pipeline: the recipe that made it.
 RECIPE_FILE = "recipe.json"
-# Not cuDNN's, which torch 2.11 takes by default on an H100: some masks give NaN in its backward pass
-# (pytorch/pytorch#196678). A small FLUX (260 tokens) ended in an illegal memory access there, for which
-# it is the suspect.
+# Not cuDNN's, which torch 2.11 takes by default on an H100: some masks give NaN in its backward
+# pass (pytorch/pytorch#196678). It is also the suspect of an illegal memory access there, in
+# which a small FLUX (260 tokens) ended.
 _SOFTMAX_BACKENDS = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
