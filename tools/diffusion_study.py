@@ -3,7 +3,7 @@
 LiT from DiT, of classes; CLEAR from FLUX or SD3, with class names as prompts.
 
 Trains, samples and measures every run of a study file (see `configs/diffusion/`), several at once
-on one GPU, and writes a table, loss curves and pictures. The same command goes on where the last
+on each GPU, and writes a table, loss curves and pictures. The same command goes on where the last
 one stopped.
 """
 
@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", required=True, help="the study, a YAML file")
     parser.add_argument("--only", nargs="+", metavar="ARM", help="these arms, beside the teacher")
-    parser.add_argument("--parallel", type=int, default=3, help="processes at once")
+    parser.add_argument("--parallel", type=int, default=3, help="processes at once, over all GPUs")
     parser.add_argument("--stop-after", type=float, default=float("inf"), help="seconds; exits 0")
     parser.add_argument("--table", type=Path, help="Markdown file for the report, and its pictures")
     parser.add_argument("--speed", action="store_true", help="also measure forward passes")

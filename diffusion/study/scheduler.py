@@ -1,4 +1,4 @@
-"""Runs of a study as processes: several at once on one GPU, until all are done or time is up."""
+"""Runs of a study as processes: several at once on each GPU, until all are done or time is up."""
 
 import os
 import subprocess
@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
+
+import torch
 
 from ..training.metrics import read_metrics
 from ..training.signals import StopRequest
@@ -20,6 +22,7 @@ LEAST = 40.0
 # Seconds between lines about how far the runs are.
 TELL_EVERY = 30.0
 _POLL = 0.2
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _TAIL = 12
 
 
@@ -37,11 +40,14 @@ class Outcome:
 
 
 class _Process:
-    def __init__(self, command: Sequence[str], log: Path, threads: int):
+    def __init__(self, command: Sequence[str], log: Path, threads: int, device: str | None):
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
+        self.device = device
         self._file: IO[bytes] = log.open("ab")
         environment = {"OMP_NUM_THREADS": str(threads)} | dict(os.environ)
+        if device is not None:
+            environment[_VISIBLE] = device
         self._popen = subprocess.Popen(
             list(command), stdout=self._file, stderr=subprocess.STDOUT, env=environment
         )
@@ -66,6 +72,13 @@ class _Process:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-_TAIL:])
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs of this process, as `CUDA_VISIBLE_DEVICES` would name them one by one."""
+    count = torch.cuda.device_count()
+    named = [name.strip() for name in os.environ.get(_VISIBLE, "").split(",") if name.strip()]
+    return named[:count] or [str(index) for index in range(count)]
+
+
 def progress_of(study: Study, run: str) -> str:
     """` at step N of M, R images/s` by the last line of a run's metrics; "" before there is one."""
     rows = read_metrics(study.folder(run) / "metrics.jsonl")
@@ -86,9 +99,9 @@ def run_all(
     """Trains and measures what is left of a study.
 
     Runs start in the study's order as soon as the models that they need are there, of as many steps
-    as the study now asks for. When time is
-    up, or this process gets SIGINT or SIGTERM, all get SIGTERM, on which a run in training leaves a
-    checkpoint that the next call resumes.
+    as the study now asks for, each on the GPU with the fewest of them. When time is up, or this
+    process gets SIGINT or SIGTERM, all get SIGTERM, on which a run in training leaves a checkpoint
+    that the next call resumes.
 
     Args:
         study: what to run; finished runs are skipped.
@@ -104,9 +117,14 @@ def run_all(
     running: dict[str, _Process] = {}
     outcome = Outcome([])
     threads = max(1, (os.cpu_count() or 1) // parallel)
+    gpus = visible_gpus()
 
     def tell(event: str) -> None:
         say(f"{time.monotonic() - started:6.1f} s: {event}")
+
+    def emptiest() -> str | None:
+        taken = [process.device for process in running.values()]
+        return min(gpus, key=taken.count, default=None)
 
     def left() -> float:
         return stop_after - GRACE - (time.monotonic() - started)
@@ -129,7 +147,8 @@ def run_all(
             ]
             for run in ready[: max(0, parallel - len(running))] if left() > LEAST else []:
                 waiting.remove(run)
-                running[run] = _Process(command(run), study.folder(run) / "log.txt", threads)
+                log = study.folder(run) / "log.txt"
+                running[run] = _Process(command(run), log, threads, emptiest())
                 tell(f"{run} started")
             if time.monotonic() - told > TELL_EVERY:
                 told = time.monotonic()

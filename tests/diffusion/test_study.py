@@ -242,6 +242,23 @@ def test_runs_wait_for_their_teacher_and_a_crash_stops_no_other(tmp_path: Path) 
     assert (again.unfinished, again.failed) == ([], {})
 
 
+def test_runs_are_spread_over_the_gpus(tmp_path: Path, monkeypatch) -> None:
+    from lintra.diffusion.study import scheduler
+
+    for visible, count, expected in [("", 2, ["0", "1"]), ("3, 5", 2, ["3", "5"]), ("3", 0, [])]:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert scheduler.visible_gpus() == expected
+    arms = dict.fromkeys("abc", ARMS["scratch"])
+    study = make_study(tmp_path, arms=arms)
+    monkeypatch.setattr(scheduler, "visible_gpus", lambda: ["3", "5"])
+    says = "import os, time; time.sleep(1); print(os.environ['CUDA_VISIBLE_DEVICES'])"
+    for parallel, expected in [(4, ["3", "5", "3", "5"]), (1, ["3", "3", "3", "3"])]:
+        run_all(study, lambda run: [sys.executable, "-c", says], parallel=parallel)
+        logs = [(study.folder(run) / "log.txt").read_text().split()[-1] for run in study.runs]
+        assert logs == expected
+
+
 def test_a_teacher_of_fewer_steps_does_not_serve(tmp_path: Path) -> None:
     """Its students wait for the one that is asked for now, and copies of it are forgotten."""
     arms = {**ARMS, "copy": Arm(title="copy", lengths=[0])}
