@@ -29,9 +29,9 @@ from .trainable import finish, has_lora, save_trained, trains_all
 
 # In the folder of a trained pipeline: the recipe that made it.
 RECIPE_FILE = "recipe.json"
-# Not cuDNN's, which torch 2.11 takes by default on an H100: some masks give NaN in its backward
-# pass (pytorch/pytorch#196678). It is also the suspect of an illegal memory access there, in
-# which a small FLUX (260 tokens) ended.
+# Not cuDNN's, which torch 2.11 takes by default on an H100: the first backward pass of a small FLUX
+# (260 tokens, 4 heads of 64 channels, batch 256) ends in an illegal memory access with it and none
+# with the others (2026-11-24), and some masks give NaN (pytorch/pytorch#196678).
 _SOFTMAX_BACKENDS = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
