@@ -22,7 +22,7 @@ def modulated(norm: nn.Module, tokens: Tensor, scale: Tensor, shift: Tensor) -> 
     """
     if _is_plain(norm):
         return ada_layer_norm(tokens, scale, shift, eps=norm.eps)
-    return torch.addcmul(shift[:, None], norm(tokens), 1 + scale[:, None])
+    return torch.addcmul(shift.unsqueeze(1), norm(tokens), 1 + scale.unsqueeze(1))
 
 
 class LiTBlock(nn.Module):
@@ -76,6 +76,6 @@ class LiTBlock(nn.Module):
                 hidden_states, attended, gate, scale_ff, shift_ff, eps=self.norm3.eps
             )
         else:
-            hidden_states = torch.addcmul(hidden_states, gate[:, None], attended)
+            hidden_states = torch.addcmul(hidden_states, gate.unsqueeze(1), attended)
             tokens = modulated(self.norm3, hidden_states, scale_ff, shift_ff)
-        return torch.addcmul(hidden_states, gate_ff[:, None], self.ff(tokens))
+        return torch.addcmul(hidden_states, gate_ff.unsqueeze(1), self.ff(tokens))

@@ -20,7 +20,7 @@ def why_not_triton(x: Tensor) -> str | None:
     return reason
 
 
-def _checked(tensors: tuple[Tensor, ...], impl: str) -> tuple[str | None, Memo]:
+def _checked(tensors: tuple[Tensor, ...], eps: float, impl: str) -> tuple[str | None, Memo]:
     """Raises what the arguments deserve; why the kernel cannot run, None if it can."""
     check_choice("impl", impl, IMPLEMENTATIONS)
     x, scale, shift, *gated = tensors
@@ -39,9 +39,9 @@ def _checked(tensors: tuple[Tensor, ...], impl: str) -> tuple[str | None, Memo]:
 _CALLS = Plans(_checked)
 
 
-def _chosen(name: str, impl: str, tensors: tuple[Tensor, ...]) -> tuple[bool, Memo]:
+def _chosen(name: str, eps: float, impl: str, tensors: tuple[Tensor, ...]) -> tuple[bool, Memo]:
     """Whether the call `name` goes to the kernel, and the memo of its launch."""
-    reason, memo = _CALLS(tensors, impl)
+    reason, memo = _CALLS(tensors, eps, impl)
     if needs_gradient(*tensors):
         reason = "its kernel has no gradient"
     if impl == "triton" and reason is not None:
@@ -76,7 +76,7 @@ def ada_layer_norm(
         TypeError: dtypes that are not floating point.
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
-    kernel, memo = _chosen("ada_layer_norm", impl, (x, scale, shift))
+    kernel, memo = _chosen("ada_layer_norm", eps, impl, (x, scale, shift))
     if kernel:
         return ada_layer_norm_triton(x, scale, shift, eps, memo)
     return ada_layer_norm_reference(x, scale, shift, eps)
@@ -108,7 +108,7 @@ def gated_ada_layer_norm(
         TypeError: dtypes that are not floating point.
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
-    kernel, memo = _chosen("gated_ada_layer_norm", impl, (x, scale, shift, update, gate))
+    kernel, memo = _chosen("gated_ada_layer_norm", eps, impl, (x, scale, shift, update, gate))
     if kernel:
         return gated_ada_layer_norm_triton(x, update, gate, scale, shift, eps, memo)
     return gated_ada_layer_norm_reference(x, update, gate, scale, shift, eps)

@@ -12,7 +12,7 @@ def ada_layer_norm_reference(x: Tensor, scale: Tensor, shift: Tensor, eps: float
     dtype = accumulation_dtype(x.dtype)
     with no_autocast(x.device.type):
         normed = F.layer_norm(x.to(dtype), (x.shape[-1],), eps=eps)
-        scale, shift = scale[:, None].to(dtype), shift[:, None].to(dtype)
+        scale, shift = scale.unsqueeze(1).to(dtype), shift.unsqueeze(1).to(dtype)
         return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
 
 
@@ -20,7 +20,7 @@ def gated_ada_layer_norm_reference(
     x: Tensor, update: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The operation of `api.gated_ada_layer_norm`."""
-    gate = gate[:, None]
+    gate = gate.unsqueeze(1)
     with no_autocast(x.device.type):
         if x.dtype == update.dtype == gate.dtype:
             h = torch.addcmul(x, gate, update)  # float32 inside, and a gradient keeps no more
