@@ -72,8 +72,12 @@ def test_every_size_of_lit_at_every_resolution() -> None:
     assert len(found) == 16
     assert found["lit XL 2048px B1 eager"].targets == {("fwd", "dit"): 4.0}
     assert not found["lit S 256px B32 eager"].targets
-    attention, convolution = found["lit XL 512px B8 eager"].checks
-    assert (attention.shape, convolution.shape) == ("2x1024x4x288", "2x32x32x1152 5x5 residual")
+    assert [check.shape for check in found["lit XL 512px B8 eager"].checks] == [
+        "2x1024x4x288",
+        "2x32x32x1152 5x5 residual",
+        "2x1024x1152",
+        "2x1024x1152 gated",
+    ]
     training = lit.cases(replace(mode, training=True), [(512, 4)])
     assert str(training[0]) == "lit S 512px B4 eager"
     assert {str(target) for case in training for target in case.targets} == {
