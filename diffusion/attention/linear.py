@@ -42,9 +42,8 @@ class LiTAttnProcessor:
             if grid is None:
                 raise ValueError("`grid` must be (height, width) in tokens, got None")
             out = attn.dwc(value, grid=grid, residual=out)
-        for layer in attn.to_out:
-            out = layer(out)
-        return out
+        out = attn.to_out[0](out)
+        return attn.to_out[1](out) if attn.training else out
 
 
 class ValueConv2d(nn.Conv2d):

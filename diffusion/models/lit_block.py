@@ -1,10 +1,28 @@
 """The block of LiT: DiT's adaLN-Zero block with fewer passes over the tokens."""
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
+
+from lintra.kernels import ada_layer_norm, gated_ada_layer_norm
+
+
+def _is_plain(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
+    """Whether `norm` is what the operations compute: a LayerNorm without weights."""
+    return type(norm) is nn.LayerNorm and norm.weight is None
+
+
+def modulated(norm: nn.Module, tokens: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``norm(tokens) * (1 + scale) + shift`` with scale and shift ``(B, C)``.
+
+    A LayerNorm without weights is not called but computed, in one pass with the rest.
+    Any other module is called.
+    """
+    if _is_plain(norm):
+        return ada_layer_norm(tokens, scale, shift, eps=norm.eps)
+    return torch.addcmul(shift.unsqueeze(1), norm(tokens), 1 + scale.unsqueeze(1))
 
 
 class LiTBlock(nn.Module):
@@ -12,8 +30,9 @@ class LiTBlock(nn.Module):
 
     a, g, b are ``(B, C)``, a linear map of silu(time + label) of this block (Peebles and Xie 2023,
     arXiv:2212.09748, adaLN-Zero). What `BasicTransformerBlock` computes, with its modules and the
-    names of its weights; but each scale and shift, and each gate and sum, is one pass over the
-    tokens instead of two, and the sinusoids of the time, which all blocks share, come from outside.
+    names of its weights; but a normalisation, its scale and shift and the gate and sum before it
+    are one pass over the tokens, and the sinusoids of the time, which all blocks share, come from
+    outside.
 
     Args:
         block: of a DiT, with adaLN-Zero and no cross-attention; its modules are taken over.
@@ -36,21 +55,27 @@ class LiTBlock(nn.Module):
         """One block.
 
         Args:
-            hidden_states: ``(B, N, C)``.
-            time_features: ``(B, 256)``, sinusoids of the timesteps, as `norm1.emb.time_proj` gives.
+            hidden_states: ``(B, N, C)``, contiguous, or every pass over them takes longer.
+            time_features: ``(B, 256)`` in the dtype of `hidden_states`, sinusoids of the timesteps
+                as `norm1.emb.time_proj` gives them.
             class_labels: ``(B,)`` int64.
             attention_kwargs: for `attn1`.
 
         Returns:
             ``(B, N, C)``.
         """
-        embedding = self.norm1.emb
-        condition = embedding.timestep_embedder(time_features.to(hidden_states.dtype))
-        condition = condition + embedding.class_embedder(class_labels)
-        modulation = self.norm1.linear(self.norm1.silu(condition)).unsqueeze(1)
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)  # (B, 1, C)
-        tokens = torch.addcmul(shift, self.norm1.norm(hidden_states), 1 + scale)
+        norm1 = self.norm1
+        condition = norm1.emb.timestep_embedder(time_features)
+        condition = condition + norm1.emb.class_embedder(class_labels)
+        modulation = norm1.linear(norm1.silu(condition)).chunk(6, dim=-1)  # (B, C) each
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation
+        tokens = modulated(norm1.norm, hidden_states, scale, shift)
         attended = self.attn1(tokens, **attention_kwargs)
-        hidden_states = torch.addcmul(hidden_states, gate, attended)
-        tokens = torch.addcmul(shift_ff, self.norm3(hidden_states), 1 + scale_ff)
-        return torch.addcmul(hidden_states, gate_ff, self.ff(tokens))
+        if _is_plain(self.norm3):
+            hidden_states, tokens = gated_ada_layer_norm(
+                hidden_states, attended, gate, scale_ff, shift_ff, eps=self.norm3.eps
+            )
+        else:
+            hidden_states = torch.addcmul(hidden_states, gate.unsqueeze(1), attended)
+            tokens = modulated(self.norm3, hidden_states, scale_ff, shift_ff)
+        return torch.addcmul(hidden_states, gate_ff.unsqueeze(1), self.ff(tokens))

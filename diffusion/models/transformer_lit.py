@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .linear_blocks import LinearTransformerMixin, install_linear_attention, token_grid
-from .lit_block import LiTBlock
+from .lit_block import LiTBlock, modulated
 from .transformer_dit import DIFFUSERS_TIME_FREQ_SHIFT, set_time_freq_shift
 
 
@@ -136,8 +136,10 @@ class LiTTransformer2DModel(LinearTransformerMixin, AttentionMixin, DiTTransform
         height, width = hidden_states.shape[-2:]
         grid = token_grid(hidden_states, patch)
         attention_kwargs = {**(cross_attention_kwargs or {}), "grid": grid}
-        hidden_states = self.pos_embed(hidden_states)  # (B, N, C)
-        time_features = self.transformer_blocks[0].norm1.emb.time_proj(timestep)
+        # The convolution leaves channels first, which sums would keep through all blocks.
+        hidden_states = self.pos_embed(hidden_states).contiguous()  # (B, N, C)
+        embedding = self.transformer_blocks[0].norm1.emb
+        time_features = embedding.time_proj(timestep).to(hidden_states.dtype)
 
         for block in self.transformer_blocks:
             arguments = (hidden_states, time_features, class_labels, attention_kwargs)
@@ -146,11 +148,10 @@ class LiTTransformer2DModel(LinearTransformerMixin, AttentionMixin, DiTTransform
             else:
                 hidden_states = block(*arguments)
 
-        embedding = self.transformer_blocks[0].norm1.emb(
-            timestep, class_labels, hidden_dtype=hidden_states.dtype
-        )
-        shift, scale = self.proj_out_1(F.silu(embedding)).chunk(2, dim=1)
-        hidden_states = self.norm_out(hidden_states) * (1 + scale[:, None]) + shift[:, None]
+        condition = embedding.timestep_embedder(time_features)
+        condition = condition + embedding.class_embedder(class_labels)
+        shift, scale = self.proj_out_1(F.silu(condition)).chunk(2, dim=1)
+        hidden_states = modulated(self.norm_out, hidden_states, scale, shift)
         hidden_states = self.proj_out_2(hidden_states)  # (B, N, patch * patch * out_channels)
 
         patches = hidden_states.unflatten(2, (patch, patch, self.out_channels)).unflatten(1, grid)

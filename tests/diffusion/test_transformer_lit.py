@@ -7,9 +7,11 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
 from torch.nn import functional as F
 
+from kernel_checks import DEVICE, on_gpu_or_interpreted
 from lintra.diffusion import LiTPixArtTransformer2DModel, LiTTransformer2DModel, assert_linear
 from lintra.diffusion.attention.linear import LiTAttention, LiTAttnProcessor
 from lintra.diffusion.models.linear_blocks import default_num_linear_heads
+from lintra.kernels.ada_layer_norm import api
 from tiny_models import TINY, inputs, tiny_dit, tiny_lit
 from tiny_pixart import tiny_pixart
 
@@ -67,6 +69,52 @@ def test_unpatchify_puts_patches_where_dit_puts_them():
     for block in (*dit.transformer_blocks, *lit.transformer_blocks):
         block.attn1 = _Nothing()  # with the attention gone, the two models are one
     torch.testing.assert_close(lit(**inputs()).sample, dit(**inputs()).sample)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tokens_keep_their_channels_side_by_side(lit, batch):
+    """The convolution of the patches does not; any other layout slows every pass down."""
+    seen = []
+    handles = [
+        block.register_forward_hook(lambda _, given, out: seen.extend([given[0], out]))
+        for block in lit.transformer_blocks
+    ]
+    lit(**inputs(batch=batch))
+    for handle in handles:
+        handle.remove()
+    assert [tokens.stride() for tokens in seen] == [(16 * 32, 32, 1)] * 4
+
+
+def test_weights_of_a_norm_count():
+    dit = tiny_dit(norm_elementwise_affine=True)
+    lit = LiTTransformer2DModel.from_teacher(dit, num_linear_heads=1)
+    assert lit.transformer_blocks[0].norm3.weight is not None
+    for block in (*dit.transformer_blocks, *lit.transformer_blocks):
+        block.attn1 = _Nothing()
+    torch.testing.assert_close(lit(**inputs()).sample, dit(**inputs()).sample)
+    for model in (dit, lit):
+        model.norm_out = torch.nn.Tanh()
+        for block in model.transformer_blocks:
+            block.norm1.norm = block.norm3 = torch.nn.Tanh()
+    torch.testing.assert_close(lit(**inputs()).sample, dit(**inputs()).sample)
+
+
+@on_gpu_or_interpreted
+def test_normalisation_by_kernels(monkeypatch):
+    model, given = tiny_lit().to(DEVICE), {k: v.to(DEVICE) for k, v in inputs().items()}
+    outputs = []
+    for takes in (False, True):
+        calls = []
+
+        def takes_kernel(impl, x, reason, takes=takes, calls=calls):
+            calls.append(reason)
+            return takes
+
+        monkeypatch.setattr(api, "takes_kernel", takes_kernel)
+        with torch.no_grad():
+            outputs.append(model(**given).sample)
+        assert calls == [None] * (2 * len(model.transformer_blocks) + 1)
+    torch.testing.assert_close(*outputs)
 
 
 class _Nothing(torch.nn.Module):

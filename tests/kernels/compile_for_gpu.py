@@ -15,6 +15,10 @@ from triton.runtime.jit import JITFunction
 
 from lintra.kernels._common import launch
 from lintra.kernels._common.pinning import pinned
+from lintra.kernels.ada_layer_norm.triton_fwd import (
+    ada_layer_norm_fwd,
+    gated_ada_layer_norm_fwd,
+)
 from lintra.kernels.grouped_mlp.triton_fwd import grouped_mlp_fwd
 from lintra.kernels.layer_norm.triton_fwd import layer_norm_fwd
 from lintra.kernels.linear_attention import configs as linear_configs
@@ -89,12 +93,20 @@ def mlp(width: int, dtype: torch.dtype) -> None:
     grouped_mlp_fwd(x, weights[0], x.new_empty(2 * width), weights[1], x.new_empty(18 * width), 2)
 
 
+def adaptive(channels: int, dtype: torch.dtype) -> None:
+    x, update = torch.empty(2, 2, 9, channels, dtype=dtype)
+    gate, scale, shift = torch.empty(2, 3 * channels, dtype=dtype).chunk(3, dim=1)
+    ada_layer_norm_fwd(x, scale, shift, 1e-6)
+    gated_ada_layer_norm_fwd(x, update, gate, scale, shift, 1e-6)
+
+
 driver.set_active(NoDevice())
 JITFunction.__getitem__ = compiles
 for module in (launch, linear_configs, local_configs):
     module.architecture = lambda index: ARCHITECTURE
 for dtype in (torch.float32, torch.bfloat16):
     convolution(8, dtype)
+    adaptive(1152, dtype)
     layer_norm_fwd(torch.empty(4, 48, dtype=dtype), *torch.empty(2, 48, dtype=dtype), 1e-6)
 for dim, dtype in ((16, torch.float32), (64, torch.bfloat16)):
     linear(dim, dtype, *LINEAR)

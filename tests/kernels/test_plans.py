@@ -5,7 +5,13 @@ import torch
 from torch import Tensor
 
 from kernel_checks import DEVICE, on_gpu_or_interpreted
-from lintra.kernels import layer_norm, linear_attention, token_conv2d
+from lintra.kernels import (
+    ada_layer_norm,
+    gated_ada_layer_norm,
+    layer_norm,
+    linear_attention,
+    token_conv2d,
+)
 from lintra.kernels._common import plans as module
 from lintra.kernels._common.pinning import pin_or, pinned
 from lintra.kernels._common.plans import Memo, Plans
@@ -116,6 +122,15 @@ def test_every_option_of_an_operation_has_its_memo() -> None:
     def norm(eps: float, impl: str) -> Tensor:
         return layer_norm(q, bias, bias, eps=eps, impl=impl)
 
+    def adapt(eps: float, impl: str) -> Tensor:
+        tokens = q.flatten(2)
+        return ada_layer_norm(tokens, tokens[:, 0], tokens[:, 1], eps=eps, impl=impl)
+
+    def gate(eps: float, impl: str) -> Tensor:
+        tokens, also = q.flatten(2), v.flatten(2)
+        gated = (also[:, 1], tokens[:, 0], tokens[:, 1])
+        return torch.stack(gated_ada_layer_norm(tokens, also, *gated, eps=eps, impl=impl))
+
     def attend(eps: float, impl: str) -> Tensor:
         return linear_attention(q, k, v, scale=eps, eps=eps, impl=impl)
 
@@ -123,7 +138,7 @@ def test_every_option_of_an_operation_has_its_memo() -> None:
         grid = (2, 3) if eps < 1 else (3, 2)
         return token_conv2d(v.flatten(2), weight, grid=grid, impl=impl)
 
-    for operation in (norm, attend, convolve):
+    for operation in (norm, adapt, gate, attend, convolve):
         for eps in (0.5, 2.0, 0.5):
             expected = operation(eps, "reference")
             torch.testing.assert_close(operation(eps, "triton"), expected)

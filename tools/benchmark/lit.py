@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import linear_attention, token_conv
+from . import ada_layer_norm, linear_attention, token_conv
 from .case import Case, Peer, Run
 from .models import Mode, forward_of, step_of
 
@@ -79,6 +79,7 @@ def _checks(name: str, size: tuple[int, int, int, int], side: int) -> tuple[Case
     return (
         linear_attention.build(attention, name),
         token_conv.build((batch, grid, grid, width, 5, 1, 0), name),
+        *(ada_layer_norm.build((batch, grid * grid, width, gated), name) for gated in (0, 1)),
     )
 
 

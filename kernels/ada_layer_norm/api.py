@@ -1,0 +1,114 @@
+"""Signatures, checks and choice of implementation of adaptive layer normalisation."""
+
+import torch
+from torch import Tensor
+
+from .._common.checks import IMPLEMENTATIONS, check_choice, check_shape, check_tensor
+from .._common.launch import takes_kernel, why_no_kernel
+from .._common.operators import needs_gradient
+from .._common.plans import Memo, Plans
+from .configs import MAX_CHANNELS
+from .ops import ada_layer_norm_triton, gated_ada_layer_norm_triton
+from .reference import ada_layer_norm_reference, gated_ada_layer_norm_reference
+
+
+def why_not_triton(x: Tensor) -> str | None:
+    """The reason why `impl="triton"` cannot run on such a tensor, None if it can."""
+    reason = why_no_kernel(x)
+    if reason is None and not 1 <= x.shape[-1] <= MAX_CHANNELS:
+        reason = f"its kernel takes 1 to {MAX_CHANNELS} channels, got {x.shape[-1]}"
+    return reason
+
+
+def _checked(tensors: tuple[Tensor, ...], eps: float, impl: str) -> tuple[str | None, Memo]:
+    """Raises what the arguments deserve; why the kernel cannot run, None if it can."""
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    x, scale, shift, *gated = tensors
+    check_tensor("x", x, "(B, N, C)")
+    parameters = {"scale": scale, "shift": shift}
+    if gated:
+        update, parameters["gate"] = gated
+        check_tensor("update", update, "(B, N, C)", like=x, any_dtype=True)
+        check_shape("update", update, x.shape, "(B, N, C)")
+    for name, parameter in parameters.items():
+        check_tensor(name, parameter, "(B, C)", like=x, any_dtype=True)
+        check_shape(name, parameter, (x.shape[0], x.shape[2]), "(B, C)")
+    return why_not_triton(x), Memo()
+
+
+_CALLS = Plans(_checked)
+
+
+def _chosen(name: str, eps: float, impl: str, tensors: tuple[Tensor, ...]) -> tuple[bool, Memo]:
+    """Whether the call `name` goes to the kernel, and the memo of its launch."""
+    reason, memo = _CALLS(tensors, eps, impl)
+    if needs_gradient(*tensors):
+        reason = "its kernel has no gradient"
+    if impl == "triton" and reason is not None:
+        raise NotImplementedError(f"`impl` must not be 'triton' for {name}: {reason}")
+    kernel = takes_kernel(impl, tensors[0], reason)
+    return kernel and (impl == "triton" or not torch.compiler.is_compiling()), memo
+
+
+def ada_layer_norm(
+    x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, impl: str = "auto"
+) -> Tensor:
+    """``y = LN(x) * (1 + scale) + shift``, ``LN(x) = (x - mean(x)) / sqrt(var(x) + eps)``.
+
+    The adaptive normalisation of DiT (Peebles and Xie 2023, arXiv:2212.09748, adaLN): over the last
+    dimension, without weights, with the biased variance; scale and shift are those of the sample.
+
+    Args:
+        x: ``(B, N, C)``, any floating dtype; copied unless contiguous.
+        scale: ``(B, C)``, any floating dtype; a view, as of one of six chunks, is read in place.
+        shift: ``(B, C)``, likewise.
+        eps: added to the variance.
+        impl: ``auto``, ``reference`` (PyTorch) or ``triton``. ``auto`` takes the Triton kernel on
+            CUDA for float16, bfloat16 and float32, up to 8192 channels, where no gradient is asked
+            for; not while torch.compile traces, which fuses the reference with its neighbours.
+
+    Returns:
+        ``(B, N, C)`` in ``x.dtype``. All is float32 inside (float64 for float64 inputs), also under
+        autocast, and rounded once: PyTorch's own chain rounds LN(x) and 1 + scale as well.
+
+    Raises:
+        ValueError: shapes or devices disagree, an unknown `impl`.
+        TypeError: dtypes that are not floating point.
+        NotImplementedError: ``impl="triton"`` cannot run here.
+    """
+    kernel, memo = _chosen("ada_layer_norm", eps, impl, (x, scale, shift))
+    if kernel:
+        return ada_layer_norm_triton(x, scale, shift, eps, memo)
+    return ada_layer_norm_reference(x, scale, shift, eps)
+
+
+def gated_ada_layer_norm(
+    x: Tensor, update: Tensor, gate: Tensor, scale: Tensor, shift: Tensor,
+    *, eps: float = 1e-6, impl: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``h = x + gate * update``, then ``y = LN(h) * (1 + scale) + shift``, in one pass over both.
+
+    The end of one branch of adaLN-Zero and the start of the next, see `ada_layer_norm`.
+
+    Args:
+        x: ``(B, N, C)``, any floating dtype; copied unless contiguous.
+        update: ``(B, N, C)``, any floating dtype; copied unless contiguous.
+        gate: ``(B, C)``, any floating dtype, read in place as `scale` and `shift` are.
+        scale: ``(B, C)``, see `ada_layer_norm`.
+        shift: ``(B, C)``, see `ada_layer_norm`.
+        eps: added to the variance.
+        impl: see `ada_layer_norm`.
+
+    Returns:
+        `h` and `y`, ``(B, N, C)`` in ``x.dtype``. The sum is float32 inside and rounded once; what
+        is normalised is the rounded sum, as if `ada_layer_norm` were called on `h`.
+
+    Raises:
+        ValueError: shapes or devices disagree, an unknown `impl`.
+        TypeError: dtypes that are not floating point.
+        NotImplementedError: ``impl="triton"`` cannot run here.
+    """
+    kernel, memo = _chosen("gated_ada_layer_norm", eps, impl, (x, scale, shift, update, gate))
+    if kernel:
+        return gated_ada_layer_norm_triton(x, update, gate, scale, shift, eps, memo)
+    return gated_ada_layer_norm_reference(x, update, gate, scale, shift, eps)

@@ -1,0 +1,221 @@
+"""Adaptive layer normalisation: the textbook form, the Triton kernel against it, the contract."""
+
+import pytest
+import torch
+
+from kernel_checks import DEVICE, on_gpu_or_interpreted, poisoned
+from lintra.kernels import ada_layer_norm, gated_ada_layer_norm
+from lintra.kernels._common.pinning import pinned
+from lintra.kernels.ada_layer_norm.configs import LAUNCHES, Launch, launch_of, pieces_of
+
+__all__ = ["poisoned"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+both = pytest.mark.parametrize("function", [ada_layer_norm, gated_ada_layer_norm])
+# (B, N, C): one token and one channel, one and two pieces, a program that is not full.
+SHAPES = [(1, 1, 1), (3, 1, 2), (2, 3, 5), (2, 19, 48), (1, 9, 24), (2, 5, 300), (1, 3, 1152)]
+
+
+def inputs_of(function, batch, tokens, channels, dtype=torch.float32, parameters=None):
+    """Tokens, and parameters as they lie in the output of one linear map: chunks, not copies."""
+    x, update = (3 * torch.randn(2, batch, tokens, channels) + 2).to(DEVICE, dtype)
+    whole = torch.randn(batch, 6 * channels).to(DEVICE, parameters or dtype)
+    gate, scale, shift = whole.chunk(6, dim=-1)[1:4]
+    return (x, scale, shift) if function is ada_layer_norm else (x, update, gate, scale, shift)
+
+
+def textbook(x, scale, shift, eps=1e-6):
+    x, scale, shift = x.double(), scale.double()[:, None], shift.double()[:, None]
+    deviation = x - x.mean(-1, keepdim=True)
+    normed = deviation / (deviation.square().mean(-1, keepdim=True) + eps).sqrt()
+    return normed * (1 + scale) + shift
+
+
+def assert_rounded_once(out, exact, like):
+    assert out.dtype == like.dtype
+    assert out.shape == exact.shape
+    # Half a unit in the last place; what is not rounded at the end has the errors of its sums.
+    units = 8 if like.dtype.itemsize >= 4 else 0.55
+    error = (out.double() - exact).abs().max()
+    assert error <= units * torch.finfo(like.dtype).eps * exact.abs().max()
+
+
+def assert_close_to_textbook(function, inputs, **options):
+    x, *gated, scale, shift = inputs
+    out = function(*inputs, **options)
+    if gated:
+        update, gate = gated
+        h, out = out
+        assert_rounded_once(h, x.double() + gate.double()[:, None] * update.double(), x)
+        x = h
+    assert_rounded_once(out, textbook(x, scale, shift, options.get("eps", 1e-6)), x)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+@pytest.mark.parametrize("parameters", [None, torch.float32], ids=str)
+def test_textbook(function, dtype, parameters):
+    inputs = inputs_of(function, 2, 3, 5, dtype, parameters)
+    assert_close_to_textbook(function, inputs, impl="reference", eps=0.25)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert_close_to_textbook(function, inputs, impl="reference")
+
+
+@on_gpu_or_interpreted
+@pytest.mark.usefixtures("poisoned")
+@both
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel(function, shape):
+    assert_close_to_textbook(function, inputs_of(function, *shape), impl="triton", eps=1e-3)
+
+
+@on_gpu_or_interpreted
+@pytest.mark.usefixtures("poisoned")
+@both
+@pytest.mark.parametrize("launch", [Launch(1, 4), Launch(2, 4, 1), Launch(4, 8)], ids=str)
+def test_every_launch_gives_the_same(function, launch):
+    with pinned(ada_layer_norm=launch):
+        assert_close_to_textbook(function, inputs_of(function, 2, 5, 40), impl="triton")
+
+
+@on_gpu_or_interpreted
+@both
+def test_any_strides_and_no_tokens(function):
+    x, *gated, scale, shift = inputs_of(function, 2, 8, 6)
+    turned = [x.transpose(0, 1).contiguous().transpose(0, 1)]
+    wide = torch.randn(2, 12, device=DEVICE)
+    parameters = [wide[:, ::2], shift[:1].expand(2, 6)]  # neither has channels side by side
+    if gated:
+        update = gated[0].mT.contiguous().mT  # as a convolution leaves them
+        turned += [update, scale.mT.contiguous().mT]
+    assert_close_to_textbook(function, (*turned, *parameters), impl="triton")
+    for start in (x[:, :0], x[:0]):
+        few = [p[: len(start)] for p in (scale, shift)]
+        rest = [start, few[0]] if gated else []
+        out = function(start, *rest, *few, impl="triton")
+        assert all(part.shape == start.shape for part in (out if gated else [out]))
+
+
+@on_gpu_or_interpreted
+@both
+def test_operator_passes_opcheck(function):
+    operator = getattr(torch.ops.lintra, f"{function.__name__}_fwd").default
+    torch.library.opcheck(operator, (*inputs_of(function, 2, 3, 5), 1e-6))
+
+
+@on_gpu_or_interpreted
+@both
+def test_a_gradient_takes_the_reference(function):
+    inputs = [x.double().detach().requires_grad_() for x in inputs_of(function, 2, 3, 5)]
+    assert torch.autograd.gradcheck(function, inputs)
+    x, *others = (x.detach().float() for x in inputs)
+    others[-1].requires_grad_()
+    with pytest.raises(NotImplementedError, match=f"'triton' for {function.__name__}: .* gradient"):
+        function(x, *others, impl="triton")
+    with torch.no_grad():
+        ours, expected = (function(x, *others, impl=i) for i in ("triton", "reference"))
+    torch.testing.assert_close(ours, expected)
+
+
+@both
+def test_compiles_without_a_graph_break(function):
+    inputs = inputs_of(function, 2, 3, 5)
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs), function(*inputs))
+
+
+@both
+def test_a_tracer_is_given_pytorch_to_fuse(function, monkeypatch):
+    from lintra.kernels.ada_layer_norm import api
+
+    def kernel(*_):
+        raise AssertionError("launched")
+
+    for name in ("ada_layer_norm_triton", "gated_ada_layer_norm_triton"):
+        monkeypatch.setattr(api, name, kernel)
+    monkeypatch.setattr(api, "takes_kernel", lambda *_: True)  # as on a GPU
+    inputs = inputs_of(function, 2, 3, 5)
+    with pytest.raises(AssertionError, match="launched"):
+        function(*inputs)
+    torch.compile(function, fullgraph=True, backend="eager")(*inputs)
+
+
+def test_a_row_lies_in_few_powers_of_two():
+    rows = {1152: (1024, 128), 768: (512, 256), 1024: (1024, 0), 3072: (2048, 1024), 5: (4, 1)}
+    assert {channels: pieces_of(channels, 2) for channels in rows} == rows
+    assert [pieces_of(channels, 1) for channels in (1, 2, 1152)] == [(1, 0), (2, 0), (2048, 0)]
+    for channels in range(1, 300):
+        assert channels <= sum(pieces_of(channels, 2)) <= sum(pieces_of(channels, 1))
+        assert launch_of(channels) in LAUNCHES.values()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parameters", [None, torch.float32], ids=str)
+def test_kernel_on_gpu(function, dtype, parameters):
+    for channels in (17, 192, 384, 768, 1152, 3072, 4096, 8192):
+        inputs = inputs_of(function, 3, 197, channels, dtype, parameters)
+        assert_close_to_textbook(function, inputs, impl="triton")
+        if channels % 8 == 0:  # both the way through Triton and the direct launch
+            assert_close_to_textbook(function, inputs)
+
+
+@pytest.mark.gpu
+@both
+def test_more_elements_than_32_bits_count(function):
+    batch, tokens, channels = 3, 1 << 20, 768
+    x = torch.empty(batch, tokens, channels, device=DEVICE, dtype=torch.bfloat16)
+    assert x.numel() > 1 << 31
+    x[:] = torch.randn(64, channels).to(x).repeat(tokens // 64, 1)
+    scale, shift = torch.randn(2, batch, channels).to(x)
+    gated = [x, scale] if function is gated_ada_layer_norm else []
+    out = function(x, *gated, scale, shift, impl="triton")
+    for sample in range(batch):
+        part = slice(sample, sample + 1)
+        head, *parameters = x[part, :64], scale[part], shift[part]
+        also = [head, scale[part]] if gated else []
+        expected = function(head, *also, *parameters, impl="reference")
+        pairs = zip(out, expected, strict=True) if gated else [(out, expected)]
+        for ours, theirs in pairs:
+            torch.testing.assert_close(ours[part, -64:], theirs)
+
+
+X, PARAMETER = torch.zeros(2, 3, 4), torch.zeros(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": X.int()}, TypeError, "`x` must be float16, .* got torch.int32"),
+        ({"x": X[0]}, ValueError, r"`x` must have shape \(B, N, C\), got \(3, 4\)"),
+        ({"x": None}, TypeError, "`x` must be a tensor, got NoneType"),
+        ({"update": X[:, :2]}, ValueError, r"`update` must .* \(2, 3, 4\), got \(2, 2, 4\)"),
+        ({"update": X.int()}, TypeError, "`update` must be float16, .* got torch.int32"),
+        ({"gate": PARAMETER[:1]}, ValueError, r"`gate` must .* \(2, 4\), got \(1, 4\)"),
+        ({"scale": X}, ValueError, r"`scale` must have shape \(B, C\), got \(2, 3, 4\)"),
+        ({"scale": PARAMETER.int()}, TypeError, "`scale` must be float16, .* got torch.int32"),
+        ({"shift": PARAMETER[:, :3]}, ValueError, r"`shift` must .* \(2, 4\), got \(2, 3\)"),
+        ({"shift": PARAMETER.to("meta")}, ValueError, "`shift` must be on cpu, got meta"),
+        ({"impl": "cuda"}, ValueError, "`impl` must be one of auto, .* got 'cuda'"),
+        ({"impl": "triton", "x": X.double()}, NotImplementedError, "`impl` must not be 'triton'"),
+    ],
+)
+def test_errors(changes, error, message):
+    names = ("x", "update", "gate", "scale", "shift")
+    arguments = dict(zip(names, (X, X, *[PARAMETER] * 3), strict=True)) | changes
+    with pytest.raises(error, match=message):
+        gated_ada_layer_norm(**arguments)
+    if not {"update", "gate"} & set(changes):
+        del arguments["update"], arguments["gate"]
+        with pytest.raises(error, match=message):
+            ada_layer_norm(**arguments)
+
+
+@on_gpu_or_interpreted
+@both
+def test_too_many_channels_take_the_reference(function):
+    inputs = inputs_of(function, 1, 2, 8193)
+    with pytest.raises(NotImplementedError, match="takes 1 to 8192 channels, got 8193"):
+        function(*inputs, impl="triton")
+    assert_close_to_textbook(function, inputs)

@@ -1,0 +1,94 @@
+"""Cases of adaptive layer normalisation: LiT and FLUX, against the steps that diffusers takes."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lintra import kernels
+
+from .case import Case, check_shape, compiled, eager
+
+LAYOUT = "B,N,C[,gated]"
+# (B, N, C), each without and with a gated sum before.
+SHAPES: dict[str, list[tuple[int, int, int]]] = {
+    "LiT-XL": [(32, 256, 1152), (1, 16384, 1152)],
+    "LiT-B": [(32, 256, 768)],
+    "FLUX": [(1, 4608, 3072)],
+}
+TINY = [(2, 5, 24, 0), (1, 7, 16, 1)]
+_TARGETS = {("fwd", "floor"): 1.5, ("fwd", "eager"): 2.0}
+
+Results = Tensor | tuple[Tensor, Tensor]
+
+
+def _inputs(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    batch, tokens, channels, gated = shape
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    # As a block has them: chunks of the output of one linear map.
+    parameters = torch.randn(batch, 6 * channels, **options).chunk(6, dim=-1)
+    inputs = [torch.randn(batch, tokens, channels, **options) for _ in range(1 + gated)]
+    return [*inputs, *parameters[: 2 + gated]]
+
+
+def _normalize(impl: str, x: Tensor, *others: Tensor) -> Results:
+    if len(others) == 4:
+        return kernels.gated_ada_layer_norm(x, *others, impl=impl)
+    return kernels.ada_layer_norm(x, *others, impl=impl)
+
+
+def stock_normalization(x: Tensor, *others: Tensor) -> Results:
+    """What the blocks of diffusers do, step by step."""
+    *gated, scale, shift = others
+    if gated:
+        update, gate = gated
+        x = gate.unsqueeze(1) * update + x
+    y = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    return (x, y) if gated else y
+
+
+def _as_one(function: Callable[..., Results], *inputs: Tensor) -> Tensor:
+    results = function(*inputs)
+    return results if isinstance(results, Tensor) else torch.cat(results)
+
+
+def build(shape: Sequence[int], group: str = "custom", with_targets: bool = False) -> Case:
+    """The case of (B, N, C, gated), the last 0 if left out. There is no backward to measure."""
+    check_shape(shape, (3, 4), LAYOUT)
+    batch, tokens, channels, gated = shape = (*shape, *(0,) * (4 - len(shape)))
+    if gated > 1:
+        raise ValueError(f"`shape` must be {LAYOUT}, gated 0 or 1, got {shape}")
+    common: dict[str, Any] = {
+        "op": "ada_layer_norm",
+        "group": group,
+        "shape": f"{batch}x{tokens}x{channels}" + (" gated" if gated else ""),
+        "make": partial(_inputs, shape),
+        "directions": ("fwd",),
+    }
+    ours, reference = (partial(_normalize, impl) for impl in ("auto", "reference"))
+    checked = Case(
+        ours=eager(partial(_as_one, ours)), reference=partial(_as_one, reference), **common
+    )
+    elements, parameters = batch * tokens * channels, batch * channels
+    return Case(
+        ours=eager(ours),  # type: ignore[arg-type]
+        checks=(checked,),
+        floor_bytes=lambda size: (2 + gated) * (2 * elements + parameters) * size,
+        peers={"eager": eager(stock_normalization), "compiled": compiled(stock_normalization)},  # type: ignore[arg-type]
+        targets=_TARGETS if with_targets else {},
+        **common,
+    )
+
+
+def cases(tiny: bool) -> list[Case]:
+    if tiny:
+        return [build(shape) for shape in TINY]
+    return [
+        build((*shape, gated), group, True)
+        for group, shapes in SHAPES.items()
+        for shape in shapes
+        for gated in (0, 1)
+    ]
