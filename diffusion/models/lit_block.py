@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from lintra.kernels import ada_layer_norm, gated_ada_layer_norm
 
+from .fused_gelu import fuse_gelu
+
 
 def _is_plain(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
     """Whether `norm` is what the operations compute: a LayerNorm without weights."""
@@ -44,6 +46,7 @@ class LiTBlock(nn.Module):
         self.attn1 = block.attn1
         self.norm3 = block.norm3
         self.ff = block.ff
+        fuse_gelu(self.ff)
 
     def forward(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..attention.linear import LiTAttention, LiTAttnProcessor
 from ..attention.prompt import PromptAttention
+from .fused_gelu import fuse_gelu
 from .linear_blocks import LinearTransformerMixin, install_linear_attention, token_grid
 
 
@@ -102,6 +103,8 @@ class LiTPixArtTransformer2DModel(LinearTransformerMixin, PixArtTransformer2DMod
             conv_kernel_size=conv_kernel_size,
             conv_shared=conv_shared,
         )
+        for block in self.transformer_blocks:
+            fuse_gelu(block.ff)
         if cross_attention_dim is not None:
             for block in self.transformer_blocks:
                 block.attn2 = PromptAttention(

@@ -39,11 +39,12 @@ class StepSampler(Sampler[list[int]]):
         self.rank = rank
         self.num_processes = num_processes
 
-    def _order(self, epoch: int) -> Tensor:
-        return torch.randperm(self.length, generator=step_generator(self.seed, epoch, -1))
+    def _order(self, epoch: int) -> list[int]:
+        generator = step_generator(self.seed, epoch, -1)
+        return torch.randperm(self.length, generator=generator).tolist()
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, torch.empty(0)
+        epoch, order = -1, list[int]()
         step = self.start
         while True:
             first = (step * self.num_processes + self.rank) * self.batch_size
@@ -52,7 +53,7 @@ class StepSampler(Sampler[list[int]]):
                 if position // self.length != epoch:
                     epoch = position // self.length
                     order = self._order(epoch)
-                batch.append(int(order[position % self.length]))
+                batch.append(order[position % self.length])
             yield batch
             step += 1
 

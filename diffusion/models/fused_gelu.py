@@ -1,0 +1,80 @@
+"""GELU of a linear map, in one kernel of the matrix library where that serves."""
+
+from typing import Any
+
+import torch
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+# PyTorch's way to cuBLAS's epilogue; no part of its public interface, so that it may be gone.
+_FUSED: Any = getattr(torch, "_addmm_activation", None)
+_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def _on_gpu(tokens: Tensor) -> bool:
+    return tokens.is_cuda
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether calling `linear` is ``x W^T + b`` alone: no adapter, no hook, no other weight."""
+    return (
+        type(linear) is nn.Linear
+        and type(linear.weight) is nn.Parameter
+        and linear.bias is not None
+        and not linear._forward_hooks
+        and not linear._forward_pre_hooks
+        and "forward" not in linear.__dict__  # where accelerate puts its hooks
+    )
+
+
+class FusedGELU(GELU):
+    """``gelu(x W^T + b)`` with the tanh form of GELU, diffusers' `GELU` with its names of weights.
+
+    In inference in half precision the matrix product's own kernel applies GELU, which saves a pass
+    over the widest tensor of a block: 16384 tokens, 1152 to 4608 channels, bfloat16, on an H100 in
+    267 us instead of 345 (2026-11-24), with the same error against float32. In training, under
+    autocast, torch.compile and dispatch modes (FlopCounterMode), and where the linear map has an
+    adapter or hooks, it is two calls as ever.
+
+    Args:
+        activation: of a feed-forward layer, with ``approximate="tanh"``; its linear map is taken
+            over.
+    """
+
+    def __init__(self, activation: GELU):
+        nn.Module.__init__(self)
+        self.proj = activation.proj
+        self.approximate = activation.approximate
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``(..., C)`` to ``(..., E)``."""
+        if not self._fuses(hidden_states):
+            return super().forward(hidden_states)
+        weight, bias = self.proj.weight, self.proj.bias
+        out = _FUSED(bias, hidden_states.flatten(0, -2), weight.t(), use_gelu=True)
+        return out.unflatten(0, hidden_states.shape[:-1])
+
+    def _fuses(self, tokens: Tensor) -> bool:
+        if torch.compiler.is_compiling() or _FUSED is None or not _on_gpu(tokens):
+            return False
+        linear = self.proj
+        if tokens.dtype not in _DTYPES or not _is_plain(linear):
+            return False
+        tensors = (tokens, linear.weight, linear.bias)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            return False
+        return (
+            linear.weight.dtype == linear.bias.dtype == tokens.dtype
+            and not torch.is_autocast_enabled(tokens.device.type)
+            and not torch.jit.is_tracing()
+            and not is_in_torch_dispatch_mode()
+        )
+
+
+def fuse_gelu(feed_forward: FeedForward) -> None:
+    """Puts a `FusedGELU` in the place of a feed-forward layer's `GELU` of the tanh form."""
+    activation: nn.Module = feed_forward.net[0]
+    if type(activation) is GELU and activation.approximate == "tanh":
+        feed_forward.net[0] = FusedGELU(activation)
