@@ -44,7 +44,7 @@ class Settings:
         dtype: of the inputs.
         limits: of each measurement.
         use_compile: run peers that need torch.compile.
-        budget: seconds after which no further peer starts.
+        budget: seconds of timing, all checks behind, after which no further peer starts.
         directions: those wanted; empty for all of a case.
         peers: those wanted; empty for all of a case.
         say: takes lines about progress.
@@ -85,7 +85,6 @@ def run_cases(cases: Sequence[Case], settings: Settings) -> tuple[float, list[Ro
     Raises:
         CheckFailed: before anything is timed.
     """
-    started = time.monotonic()
     if settings.device.type == "cuda":
         torch.cuda.set_device(settings.device)
     for case in cases:
@@ -94,6 +93,7 @@ def run_cases(cases: Sequence[Case], settings: Settings) -> tuple[float, list[Ro
             raise CheckFailed(f"{case}: {problem}")
         settings.say(f"correct: {case}")
     bandwidth = copy_bandwidth(settings.device, settings.limits)
+    started = time.monotonic()
     rows: list[Row] = []
     # What compiles is slow to start, so it comes last: a spent budget costs no other row.
     for is_compiled in (False, True):
