@@ -104,9 +104,10 @@ def test_feed_forward_layers_keep_their_names():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_gpu(dtype):
-    module = FusedGELU(GELU(1152, 4608, approximate="tanh")).to("cuda", dtype)
-    tokens = torch.randn(2, 197, 1152, device="cuda", dtype=dtype)
+@pytest.mark.parametrize("width", [(1152, 4608), (9, 35)], ids=str)  # cuBLASLt takes the first
+def test_gpu(dtype, width):
+    module = FusedGELU(GELU(*width, approximate="tanh")).to("cuda", dtype)
+    tokens = torch.randn(2, 197, width[0], device="cuda", dtype=dtype)
     with torch.no_grad():
         assert module._fuses(tokens)
         ours, two = module(tokens), F.gelu(module.proj(tokens), approximate="tanh")
