@@ -11,7 +11,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
 from lintra.vision import PRepBN, fold_norms, save_backbone
-from vision_names import NAMES, create_small
+from vision_names import NAMES, create_small, small_arguments
 
 ONE_A_FAMILY = [
     "deit_tiny_inline_patch16_224",
@@ -153,6 +153,19 @@ def test_fx_features(name: str) -> None:
     assert all(m.isfinite().all() for m in maps)
 
 
+@one_a_family
+@pytest.mark.parametrize("wrapper", ["list", "dict", "hook"])
+@torch.no_grad()
+def test_feature_wrappers_of_timm(name: str, wrapper: str) -> None:
+    if name.startswith("deit") and wrapper != "hook":
+        pytest.skip("timm's ViT has no module after which to stop")
+    options = {"features_only": True, "feature_cls": wrapper, "out_indices": (0, 1, 2)}
+    model = create_small(name, **options).eval()
+    maps = model(image())
+    maps = list(maps.values()) if isinstance(maps, dict) else maps
+    assert [m.shape[-1] for m in maps] == model.feature_info.channels()
+
+
 @every_name
 def test_parameter_groups(name: str) -> None:
     model = create_small(name)
@@ -200,6 +213,32 @@ def test_other_sizes(name: str) -> None:
             continue
         assert model(image(size=other)).shape == (2, 7)
     assert model(image()).shape == same.shape
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in NAMES if n.startswith(("deit", "swin")) and not n.endswith("224")]
+)
+def test_size_of_the_configuration_is_that_of_the_model(name: str) -> None:
+    arguments = {k: v for k, v in small_arguments(name).items() if k != "img_size"}
+    model = timm.create_model(
+        name, **arguments, device="meta", pretrained_cfg_overlay={"input_size": (3, 96, 96)}
+    )
+    assert model.patch_embed.img_size == (96, 96)
+
+
+@torch.no_grad()
+def test_windows_after_resizing_are_those_of_a_new_model() -> None:
+    name = "swin_tiny_slab_patch4_window56_224"
+    model = create_small(name)
+    model.set_input_size(img_size=(128, 128), window_size=8)
+    fresh = create_small(name, img_size=128, window_size=8)
+
+    def windows(model: nn.Module) -> list:
+        blocks = [m for m in model.modules() if hasattr(m, "shift_size")]
+        return [(b.window_size, b.shift_size, b.window_area) for b in blocks]
+
+    assert windows(model) == windows(fresh)
+    assert model.eval()(image(size=(128, 128))).shape == (2, 7)
 
 
 @pytest.mark.parametrize("name", ["pvt_tiny_slab", "deit_tiny_slab_patch16_224"])

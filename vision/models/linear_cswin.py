@@ -158,7 +158,11 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         variant,
         pretrained,
         pretrained_filter_fn=filter_checkpoint,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        feature_cfg={
+            "out_indices": out_indices,
+            "feature_cls": "getter",
+            "flatten_sequential": True,
+        },
         **kwargs,
     )
 

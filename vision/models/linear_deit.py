@@ -295,12 +295,12 @@ def deit_tiny_inline_patch16_224(pretrained: bool = False, **kwargs: Any) -> nn.
 @register_model
 def deit_small_inline_patch16_288(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """InLine-DeiT-S, on 288 pixels."""
-    args = {"img_size": 288, "embed_dim": 320, "num_heads": 10, "attn": "inline", **kwargs}
+    args = {"embed_dim": 320, "num_heads": 10, "attn": "inline", **kwargs}
     return _create("deit_small_inline_patch16_288", pretrained, **args)
 
 
 @register_model
 def deit_base_inline_patch16_448(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """InLine-DeiT-B, on 448 pixels."""
-    args = {"img_size": 448, "embed_dim": 384, "num_heads": 12, "attn": "inline", **kwargs}
+    args = {"embed_dim": 384, "num_heads": 12, "attn": "inline", **kwargs}
     return _create("deit_base_inline_patch16_448", pretrained, **args)

@@ -196,7 +196,11 @@ def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         variant,
         pretrained,
         pretrained_filter_fn=filter_checkpoint,
-        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        feature_cfg={
+            "out_indices": out_indices,
+            "feature_cls": "getter",
+            "flatten_sequential": True,
+        },
         **kwargs,
     )
 
@@ -280,5 +284,5 @@ def swin_base_inline_patch4_window56_224(pretrained: bool = False, **kwargs: Any
 @register_model
 def swin_base_inline_patch4_window96_384(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """InLine-Swin-B on 384 pixels."""
-    args = {"img_size": 384, "window_size": 12, **_BASE, **_INLINE_BASE, **kwargs}
+    args = {"window_size": 12, **_BASE, **_INLINE_BASE, **kwargs}
     return _create("swin_base_inline_patch4_window96_384", pretrained, **args)

@@ -143,11 +143,16 @@ class LinearSwinBlock(Foldable, SwinTransformerBlock):
         window_size: tuple[int, int],
         always_partition: bool | None = None,
     ) -> None:
-        """See timm; a linear block only notes the new map."""
+        """See timm; a linear block only notes the new map and the window that it does not use."""
         if not self.is_linear:
             super().set_input_size(feat_size, window_size, always_partition)
             return
         self.input_resolution = feat_size
+        if always_partition is not None:
+            self.always_partition = always_partition
+        # As a new model of that size would have it: timm compares and saves the windows of blocks.
+        self.window_size, self.shift_size = self._calc_window_shift(window_size)
+        self.window_area = self.window_size[0] * self.window_size[1]
         self.attn.set_input_size(self._linear_window(feat_size))
 
     def _linear_window(self, grid: tuple[int, int]) -> tuple[int, int]:
