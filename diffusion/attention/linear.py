@@ -92,6 +92,8 @@ class LiTAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = LiTAttnProcessor
     _available_processors = [LiTAttnProcessor]
+    # What guidance that perturbs self-attention asks of every attention layer.
+    is_cross_attention = False
 
     def __init__(
         self,
@@ -146,6 +148,9 @@ class LiTAttention(nn.Module, AttentionModuleMixin):
                 f"`processor` must be a LiTAttnProcessor, got {type(processor).__name__}"
             )
         self.processor = processor
+
+    def set_attention_slice(self, slice_size: int | None) -> None:
+        """Nothing to do: there is no attention matrix, which diffusers would compute in slices."""
 
     def forward(
         self,

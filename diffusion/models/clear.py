@@ -133,8 +133,8 @@ class ClearMixin:
         given = processor if isinstance(processor, dict) else None
         if given is not None and set(given) != {f"{name}.processor" for name in names}:
             raise ValueError(
-                f"`processor` must have one entry for each of the {len(names)} attention layers,"
-                f" got {len(given)}"
+                "`processor` must have as keys the names in attn_processors, whose number of"
+                f" processors is {len(names)}, got {len(given)}"
             )
         for name in names:
             each = processor if given is None else given[f"{name}.processor"]

@@ -3,6 +3,7 @@
 from typing import Any, TypeGuard
 
 import torch
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
@@ -82,3 +83,7 @@ class LiTBlock(nn.Module):
             hidden_states = torch.addcmul(hidden_states, gate.unsqueeze(1), attended)
             tokens = modulated(self.norm3, hidden_states, scale_ff, shift_ff)
         return torch.addcmul(hidden_states, gate_ff.unsqueeze(1), self.ff(tokens))
+
+
+# Where diffusers looks up what caches (first block, MagCache) and layer skipping may do to a block.
+TransformerBlockRegistry.register(LiTBlock, TransformerBlockMetadata(return_hidden_states_index=0))

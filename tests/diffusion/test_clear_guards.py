@@ -39,7 +39,7 @@ def test_other_processors_are_refused(family):
         model.set_attn_processor(ClearAttnProcessor(full_attention=True))
     with pytest.raises(ValueError, match="got one with full_attention=False, down_factor=2 where"):
         model.set_attn_processor({name: ClearAttnProcessor(2) for name in mine})
-    with pytest.raises(ValueError, match=f"one entry for each of the {len(mine)} .* layers, got 1"):
+    with pytest.raises(ValueError, match=f"number of processors is {len(mine)}, got 1"):
         model.set_attn_processor({next(iter(mine)): ClearAttnProcessor()})
     assert all(model.attn_processors[name] is processor for name, processor in mine.items())
     assert_linear(model)

@@ -3,6 +3,9 @@
 import pytest
 import torch
 from accelerate import cpu_offload
+from diffusers import FirstBlockCacheConfig, LayerSkipConfig, apply_first_block_cache
+from diffusers.hooks import apply_layer_skip
+from diffusers.hooks.hooks import CacheContext, _set_cache_context
 from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
 from torch.nn import functional as F
@@ -181,6 +184,8 @@ def test_attention_api(lit):
         model.set_attn_processor(AttnProcessor2_0())
     before = model(**inputs()).sample
     model.set_attention_backend("native")  # chooses among softmax backends: nothing to choose here
+    for attention in (block.attn1 for block in model.transformer_blocks):
+        attention.set_attention_slice(1)  # nothing to slice either
     assert torch.equal(model(**inputs()).sample, before)
     assert_linear(model)
 
@@ -207,6 +212,28 @@ def test_hooks_on_modules_reach_every_weight(lit):
     offloaded = cpu_offload(tiny_lit(num_linear_heads=2), execution_device=torch.device("cpu"))
     assert offloaded.transformer_blocks[0].attn1.dwc.weight.device.type == "meta"
     torch.testing.assert_close(offloaded(**inputs()).sample, exact)
+
+
+@torch.no_grad()
+def test_caches_and_skips_of_diffusers_know_its_blocks(lit):
+    exact, other = lit(**inputs()).sample, inputs()
+    other["hidden_states"] = other["hidden_states"] + 0.1
+    cached = tiny_lit(num_linear_heads=2)
+    apply_first_block_cache(cached, FirstBlockCacheConfig(threshold=1e9))
+    _set_cache_context(cached, CacheContext("one"))
+    torch.testing.assert_close(cached(**inputs()).sample, exact)
+    calls = []
+    cached.transformer_blocks[1].attn1.register_forward_hook(lambda *_: calls.append(1))
+    assert not torch.allclose(cached(**other).sample, lit(**other).sample)
+    assert not calls
+
+    skipping = tiny_lit(num_linear_heads=2)
+    apply_layer_skip(skipping, LayerSkipConfig(indices=[0], fqn="transformer_blocks"))
+    assert not torch.allclose(skipping(**inputs()).sample, exact)
+    scores = {"skip_attention": False, "skip_attention_scores": True, "skip_ff": False}
+    config = LayerSkipConfig(indices=[0], fqn="transformer_blocks", **scores)
+    with pytest.raises(ValueError, match="LiTAttnProcessor'> not registered"):
+        apply_layer_skip(tiny_lit(), config)  # there are no scores: it would do nothing
 
 
 def test_tuple_output_is_the_same(lit):
