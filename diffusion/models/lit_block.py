@@ -28,6 +28,14 @@ def modulated(norm: nn.Module, tokens: Tensor, scale: Tensor, shift: Tensor) -> 
     return torch.addcmul(shift.unsqueeze(1), norm(tokens), 1 + scale.unsqueeze(1))
 
 
+def embed_condition(embedding: nn.Module, time_features: Tensor, class_labels: Tensor) -> Tensor:
+    """Time and label ``(B, C)``; `embedding` is diffusers' `CombinedTimestepLabelEmbeddings`.
+
+    `time_features`, its sinusoids, come from outside: all blocks share them.
+    """
+    return embedding.timestep_embedder(time_features) + embedding.class_embedder(class_labels)
+
+
 class LiTBlock(nn.Module):
     """``x <- x + a attn(n(x))``, then ``x <- x + a' ff(n'(x))``, n(x) = LN(x) (1 + g) + b.
 
@@ -69,8 +77,7 @@ class LiTBlock(nn.Module):
             ``(B, N, C)``.
         """
         norm1 = self.norm1
-        condition = norm1.emb.timestep_embedder(time_features)
-        condition = condition + norm1.emb.class_embedder(class_labels)
+        condition = embed_condition(norm1.emb, time_features, class_labels)
         modulation = norm1.linear(norm1.silu(condition)).chunk(6, dim=-1)  # (B, C) each
         shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation
         tokens = modulated(norm1.norm, hidden_states, scale, shift)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .linear_blocks import LinearTransformerMixin, install_linear_attention, token_grid
-from .lit_block import LiTBlock, modulated
+from .lit_block import LiTBlock, embed_condition, modulated
 from .transformer_dit import DIFFUSERS_TIME_FREQ_SHIFT, set_time_freq_shift
 
 
@@ -148,8 +148,7 @@ class LiTTransformer2DModel(LinearTransformerMixin, AttentionMixin, DiTTransform
             else:
                 hidden_states = block(*arguments)
 
-        condition = embedding.timestep_embedder(time_features)
-        condition = condition + embedding.class_embedder(class_labels)
+        condition = embed_condition(embedding, time_features, class_labels)
         shift, scale = self.proj_out_1(F.silu(condition)).chunk(2, dim=1)
         hidden_states = modulated(self.norm_out, hidden_states, scale, shift)
         hidden_states = self.proj_out_2(hidden_states)  # (B, N, patch * patch * out_channels)

@@ -4,12 +4,15 @@ timm 1.0.31 records a model's constructor arguments and saves them; before, what
 does not say was lost, and a saved model of another size did not load.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from timm.models import build_model_with_cfg
 from timm.models._hub import save_for_hf
 from torch import nn
+
+from .loading import filter_checkpoint
 
 try:
     from timm.models._input import get_model_args, update_model_input_size
@@ -63,6 +66,25 @@ def build_backbone(
         }
         _record(model, **arguments)
     return model
+
+
+def build_staged_backbone(
+    model_class: type[nn.Module],
+    variant: str,
+    pretrained: bool,
+    out_indices: Sequence[int] = (0, 1, 2, 3),
+    **kwargs: Any,
+) -> nn.Module:
+    """`build_backbone` of four stages, which also give their features."""
+    features = {"out_indices": out_indices, "feature_cls": "getter", "flatten_sequential": True}
+    return build_backbone(
+        model_class,
+        variant,
+        pretrained,
+        pretrained_filter_fn=filter_checkpoint,
+        feature_cfg=features,
+        **kwargs,
+    )
 
 
 def save_backbone(

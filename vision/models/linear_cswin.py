@@ -5,6 +5,7 @@ InLine (arXiv:2412.06590).
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ..attention import MIXERS, CrossShapedWindowAttention
-from .building import build_backbone
+from .building import build_staged_backbone
 from .hierarchical import HierarchicalBackbone
-from .loading import filter_checkpoint
 from .options import Choice, attention_choices, default_cfg, norm_choices
 from .stages import ConvEmbed, Grid, build_stage
 
@@ -151,20 +151,7 @@ class LinearCSwinTransformer(HierarchicalBackbone):
         )
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build_backbone(
-        LinearCSwinTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=filter_checkpoint,
-        feature_cfg={
-            "out_indices": out_indices,
-            "feature_cls": "getter",
-            "flatten_sequential": True,
-        },
-        **kwargs,
-    )
+_create = partial(build_staged_backbone, LinearCSwinTransformer)
 
 
 def _cfg(method: str, size: int = 224) -> dict[str, Any]:

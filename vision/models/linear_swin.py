@@ -5,6 +5,7 @@ InLine (arXiv:2412.06590).
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,7 @@ from torch import nn
 
 from ..fold import Foldable, NormSite
 from ..norm import NormFactory
-from .building import build_backbone, record_input_size
-from .loading import filter_checkpoint
+from .building import build_staged_backbone, record_input_size
 from .options import Choice, attention_choices, default_cfg, norm_choices, patch_grid
 from .patch_embedding import FoldablePatchEmbed
 from .readout import FoldableReadout, exempt_from_decay
@@ -189,20 +189,7 @@ class LinearSwinTransformer(FoldableReadout, SwinTransformer):
             record_input_size(self, self.patch_embed.img_size, window_size=window)
 
 
-def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    out_indices = kwargs.pop("out_indices", (0, 1, 2, 3))
-    return build_backbone(
-        LinearSwinTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=filter_checkpoint,
-        feature_cfg={
-            "out_indices": out_indices,
-            "feature_cls": "getter",
-            "flatten_sequential": True,
-        },
-        **kwargs,
-    )
+_create = partial(build_staged_backbone, LinearSwinTransformer)
 
 
 def _cfg(method: str, size: int = 224) -> dict[str, Any]:

@@ -5,6 +5,7 @@ cut short goes on where it was.
 """
 
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -75,7 +76,8 @@ def _train(run: Recipe) -> int:
     return 0 if result.signum is None else 128 + result.signum
 
 
-def _exit_with_train(run: Recipe) -> None:
+def _exit_with_train(run: Recipe, threads: int) -> None:
+    torch.set_num_threads(threads)
     sys.exit(_train(run))
 
 
@@ -105,11 +107,12 @@ def _train_in_processes(waiting: list[Recipe], jobs: int) -> None:
     active: list[tuple[Recipe, multiprocessing.process.BaseProcess]] = []
     context = multiprocessing.get_context("spawn")
     failed: list[str] = []
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     with StopRequest() as stop:
         while active or (waiting and not stop.signum and not failed):
             while waiting and len(active) < jobs and not stop.signum and not failed:
                 run = waiting.pop(0)
-                process = context.Process(target=_exit_with_train, args=(run,))
+                process = context.Process(target=_exit_with_train, args=(run, threads))
                 process.start()
                 active.append((run, process))
             time.sleep(0.05)
