@@ -5,6 +5,7 @@ from typing import Any, TypeGuard
 import torch
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from torch import Tensor, nn
 
 from lintra.kernels import ada_layer_norm, gated_ada_layer_norm
@@ -28,11 +29,10 @@ def modulated(norm: nn.Module, tokens: Tensor, scale: Tensor, shift: Tensor) -> 
     return torch.addcmul(shift.unsqueeze(1), norm(tokens), 1 + scale.unsqueeze(1))
 
 
-def embed_condition(embedding: nn.Module, time_features: Tensor, class_labels: Tensor) -> Tensor:
-    """Time and label ``(B, C)``; `embedding` is diffusers' `CombinedTimestepLabelEmbeddings`.
-
-    `time_features`, its sinusoids, come from outside: all blocks share them.
-    """
+def embed_condition(
+    embedding: CombinedTimestepLabelEmbeddings, time_features: Tensor, class_labels: Tensor | None
+) -> Tensor:
+    """Time and label ``(B, C)``; the sinusoids of the time, which all blocks share, are given."""
     return embedding.timestep_embedder(time_features) + embedding.class_embedder(class_labels)
 
 

@@ -59,10 +59,36 @@ def test_what_only_two_calls_can_do(module, monkeypatch):
         assert_same(module, 0)
     compiled = torch.compile(module, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(tokens), module(tokens))
+    exported = torch.export.export(module, (tokens.detach(),))
+    assert "linear_gelu" not in str(exported.graph)
     assert_same(module.float(), 0, torch.randn(2, 8))
     module.bfloat16()
     monkeypatch.setattr(fused_gelu, "_FUSED", None)
     assert_same(module, 0)
+
+
+@pytest.fixture
+def operator():
+    """The operator on this device, by the function that stands for the GPU's."""
+    torch._dynamo.reset()
+    with torch.library._scoped_library("lintra", "IMPL") as library:
+        library.impl("linear_gelu", fused_gelu._linear_gelu, "CPU")
+        yield torch.ops.lintra.linear_gelu.default
+
+
+def test_operator(module, operator):
+    arguments = (torch.randn(2, 3, 8), torch.randn(32, 8), torch.randn(32))
+    torch.library.opcheck(operator, arguments)
+
+
+def test_compiled_inference_takes_one_call(module, operator):
+    compiled = torch.compile(module, fullgraph=True)
+    assert_same(compiled, 1)
+    assert_same(compiled, 1, torch.randn(2, 5, 8, dtype=torch.bfloat16))
+    assert_same(compiled, 1, torch.randn(2, 7, 8, dtype=torch.bfloat16))  # dynamic
+    module.proj.register_forward_pre_hook(lambda *_: None)
+    torch._dynamo.reset()  # torch.compile does not hear of hooks that come later
+    assert_same(compiled, 0)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +137,7 @@ def test_gpu(dtype, width):
     with torch.no_grad():
         assert module._fuses(tokens)
         ours, two = module(tokens), F.gelu(module.proj(tokens), approximate="tanh")
+        assert torch.equal(torch.compile(module, fullgraph=True)(tokens), ours)
         exact = module.double().gelu(module.proj(tokens.double()))
     error, allowed = (float((x.double() - exact).abs().max()) for x in (ours, two))
     assert error <= 1.5 * allowed + torch.finfo(dtype).eps
