@@ -11,6 +11,7 @@ else:
     from .layer_norm import layer_norm
     from .linear_attention import linear_attention
     from .local_attention import local_attention
+    from .rotary_rms_norm import rotary_rms_norm
     from .token_conv import token_conv2d
 
     __all__ = [
@@ -20,5 +21,6 @@ else:
         "layer_norm",
         "linear_attention",
         "local_attention",
+        "rotary_rms_norm",
         "token_conv2d",
     ]

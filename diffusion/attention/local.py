@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lintra.kernels import local_attention
 
-from .rotary import rotate
+from .rotary import Part, normalize_and_rotate
 
 if TYPE_CHECKING:
     from ..row_shards import RowShard
@@ -134,16 +134,14 @@ class ClearAttnProcessor(nn.Module):
         """
         if attention_mask is not None:
             raise ValueError("`attention_mask` must be None: local attention takes no mask")
-        query, key, value = _project(attn, hidden_states, text=False)
+        image, value = _project(attn, hidden_states, text=False)
+        parts = [image]
         if encoder_hidden_states is not None:
             # Text first, as the operation wants it: attention does not mind the order.
-            text = _project(attn, encoder_hidden_states, text=True)
-            query, key, value = (
-                torch.cat(pair, dim=1) for pair in zip(text, (query, key, value), strict=True)
-            )
+            text, text_value = _project(attn, encoder_hidden_states, text=True)
+            parts, value = [text, image], torch.cat((text_value, value), dim=1)
         tables = image_rotary_emb if rotary_emb is None else rotary_emb
-        if tables is not None:
-            query, key = rotate(query, key, tables)
+        query, key = normalize_and_rotate(parts, tables)
         # Under autocast the norms give float32, the projections do not.
         query, key = query.to(value.dtype), key.to(value.dtype)
 
@@ -265,8 +263,8 @@ class ClearAttnProcessor(nn.Module):
         return f"down_factor={self.down_factor}, full_attention={self.full_attention}"
 
 
-def _project(attn: Any, hidden_states: Tensor, *, text: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Query and key after their norms, and value, ``(B, N, H, D)`` each."""
+def _project(attn: Any, hidden_states: Tensor, *, text: bool) -> tuple[Part, Tensor]:
+    """Query and key with their norms, and value, ``(B, N, H, D)`` each."""
     if attn.fused_projections:
         fused = attn.to_added_qkv if text else attn.to_qkv
         tokens = fused(hidden_states).chunk(3, dim=-1)
@@ -276,14 +274,8 @@ def _project(attn: Any, hidden_states: Tensor, *, text: bool) -> tuple[Tensor, T
     # A fixed head size, because tensor parallelism leaves a rank only some of the heads.
     head_dim = attn.inner_dim // attn.heads
     query, key, value = (x.unflatten(-1, (-1, head_dim)) for x in tokens)
-    norm_query, norm_key = (
-        (attn.norm_added_q, attn.norm_added_k) if text else (attn.norm_q, attn.norm_k)
-    )
-    if norm_query is not None:
-        query = norm_query(query)
-    if norm_key is not None:
-        key = norm_key(key)
-    return query, key, value
+    norms = (attn.norm_added_q, attn.norm_added_k) if text else (attn.norm_q, attn.norm_k)
+    return (query, key, *norms), value
 
 
 def _project_out(attn: Any, tokens: Tensor) -> Tensor:

@@ -1,11 +1,83 @@
-"""Rotary positions of FLUX with the fewest passes over memory."""
+"""Norms and rotary positions of FLUX's queries and keys with the fewest passes over memory."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
-from torch import Tensor
+from torch import Tensor, nn
+
+from lintra.kernels import rotary_rms_norm
+
+from ..untouched import is_untouched
 
 # diffusers' form everywhere else: other devices lack parts of complex arithmetic.
 _COMPLEX_DEVICES = ("cpu", "cuda")
+
+
+# Query and key (B, N, H, D), and the norm of each over the channels of a head, None for none.
+Part = tuple[Tensor, Tensor, Any, Any]
+
+
+def normalize_and_rotate(
+    parts: Sequence[Part], tables: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys of all parts, one after the other, after their norms, rotated by `tables`.
+
+    On a GPU norm and rotation are one pass.
+
+    Args:
+        parts: text and image tokens of a joint layer, or all tokens.
+        tables: cosines and sines ``(N, D)`` of the tokens of all parts, each twice in a row; None
+            for no rotation.
+
+    Returns:
+        ``(B, N, H, D)`` each, in the dtype that they or their norms have (float32 under autocast).
+    """
+    if tables is not None and all(_fuses(*part) for part in parts):
+        cosines, sines = (table.to(parts[0][0].device, torch.float32) for table in tables)
+        counts = [query.shape[1] for query, *_ in parts]
+        turned = [
+            rotary_rms_norm(
+                query, key, norm_query.weight, norm_key.weight, *own_tables, eps=norm_query.eps
+            )
+            for (query, key, norm_query, norm_key), *own_tables in zip(
+                parts, cosines.split(counts), sines.split(counts), strict=True
+            )
+        ]
+        return _joined(turned)
+    normed = [
+        (
+            query if norm_query is None else norm_query(query),
+            key if norm_key is None else norm_key(key),
+        )
+        for query, key, norm_query, norm_key in parts
+    ]
+    query, key = _joined(normed)
+    return (query, key) if tables is None else rotate(query, key, tables)
+
+
+def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(pairs) == 1:
+        return pairs[0]
+    query, key = (torch.cat(tensors, dim=1) for tensors in zip(*pairs, strict=True))
+    return query, key
+
+
+def _on_gpu(tokens: Tensor) -> bool:
+    return tokens.is_cuda
+
+
+def _fuses(query: Tensor, key: Tensor, norm_query: Any, norm_key: Any) -> bool:
+    """Whether `rotary_rms_norm` has a kernel for this, which takes no gradient."""
+    if not _on_gpu(query) or torch.compiler.is_compiling():
+        return False
+    if not (is_untouched(norm_query, nn.RMSNorm) and is_untouched(norm_key, nn.RMSNorm)):
+        return False
+    if norm_query.eps is None or norm_query.eps != norm_key.eps:
+        return False
+    tensors = (query, key, norm_query.weight, norm_key.weight)
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
 def rotate(query: Tensor, key: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ..untouched import is_untouched
+
 # PyTorch's way to cuBLAS's epilogue; no part of its public interface, so that it may be gone.
 _FUSED: Any = getattr(torch, "_addmm_activation", None)
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -36,18 +38,6 @@ torch.library.register_fake(_OPERATOR, _linear_gelu_shape)
 
 def _on_gpu(tokens: Tensor) -> bool:
     return tokens.is_cuda
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    """Whether calling `linear` is ``x W^T + b`` alone: no adapter, no hook, no other weight."""
-    return (
-        type(linear) is nn.Linear
-        and type(linear.weight) is nn.Parameter
-        and linear.bias is not None
-        and not linear._forward_hooks
-        and not linear._forward_pre_hooks
-        and "forward" not in linear.__dict__  # where accelerate puts its hooks
-    )
 
 
 class FusedGELU(GELU):
@@ -82,7 +72,9 @@ class FusedGELU(GELU):
         if _FUSED is None or not _on_gpu(tokens):
             return False
         linear = self.proj
-        if tokens.dtype not in _DTYPES or not _is_plain(linear):
+        if tokens.dtype not in _DTYPES or not is_untouched(linear, nn.Linear):
+            return False
+        if linear.bias is None:
             return False
         tensors = (tokens, linear.weight, linear.bias)
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):

@@ -6,11 +6,14 @@ import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxPosEmbed
+from torch import nn
+from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from lintra.diffusion.attention import local
+from lintra.diffusion.attention import local, rotary
 from lintra.diffusion.attention.local import ClearAttnProcessor, proportional_attention_scale
-from lintra.diffusion.attention.rotary import rotate
+from lintra.diffusion.attention.rotary import normalize_and_rotate, rotate
+from lintra.kernels import rotary_rms_norm
 from tiny_clear import DenseOracle, clear_inputs, tiny_stock
 
 
@@ -99,6 +102,69 @@ def test_compiled_rotary_positions_have_no_complex_numbers():
     compiled = torch.compile(lambda q, k: rotate(q, k, tables), backend=backend, fullgraph=True)
     torch.testing.assert_close(compiled(x, x), rotate(x, x, tables))
     assert "complex" not in graphs[0].code
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Takes this device for a GPU; the calls of the operation that has a kernel there."""
+    calls = []
+
+    def operation(*args, **kwargs):
+        calls.append(args)
+        return rotary_rms_norm(*args, **kwargs)
+
+    monkeypatch.setattr(rotary, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(rotary, "rotary_rms_norm", operation)
+    return calls
+
+
+def norms_and_tokens(dtype=torch.bfloat16):
+    norms = [nn.RMSNorm(16, eps=1e-6, dtype=dtype).requires_grad_(False) for _ in range(2)]
+    for norm in norms:
+        norm.weight.normal_()
+    tables = FluxPosEmbed(10000, (4, 6, 6))(torch.randint(300, (7, 3)).float())
+    return norms, torch.randn(2, 2, 7, 3, 16, dtype=dtype), tables
+
+
+def test_inference_on_a_gpu_takes_one_pass(launches):
+    norms, (query, key), tables = norms_and_tokens()
+    ours = normalize_and_rotate([(query, key, *norms)], tables)
+    assert len(launches) == 1
+    for out, x, norm in zip(ours, (query, key), norms, strict=True):
+        assert out.dtype == x.dtype
+        exact = F.rms_norm(x.double(), (16,), norm.weight.double(), 1e-6)
+        torch.testing.assert_close(out, apply_rotary_emb(exact, tables, sequence_dim=1).to(x.dtype))
+    query.requires_grad_()
+    parts = [[x[:, part] for x in (query, key)] + norms for part in (slice(2), slice(2, None))]
+    with torch.no_grad():
+        joined = normalize_and_rotate(parts, tables)
+    assert len(launches) == 3
+    assert all(torch.equal(x, y) for x, y in zip(joined, ours, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["gradient", "hook", "subclass", "eps", "no norm", "no tables"])
+def test_what_only_several_passes_can_do(launches, kind):
+    norms, (query, key), tables = norms_and_tokens(torch.float32)
+    seen = []
+    if kind == "gradient":
+        norms[1].weight.requires_grad_()
+    elif kind == "hook":
+        norms[0].register_forward_pre_hook(lambda *_: seen.append(1))
+    elif kind == "subclass":
+        norms[0] = type("Other", (nn.RMSNorm,), {})(16, eps=1e-6).requires_grad_(False)
+    elif kind == "eps":
+        norms[1].eps = 1e-5
+    elif kind == "no norm":
+        norms = [None, None]
+    else:
+        tables = None
+    ours = normalize_and_rotate([(query, key, *norms)], tables)
+    assert not launches
+    assert len(seen) == (kind == "hook")
+    for out, x, norm in zip(ours, (query, key), norms, strict=True):
+        normed = x if norm is None else norm(x)
+        expected = normed if tables is None else apply_rotary_emb(normed, tables, sequence_dim=1)
+        torch.testing.assert_close(out, expected)
 
 
 def count_passes(attention, *inputs, **kwargs):

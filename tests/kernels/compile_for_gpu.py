@@ -27,6 +27,7 @@ from lintra.kernels.linear_attention.triton_fwd import linear_attention_fwd
 from lintra.kernels.local_attention import configs as local_configs
 from lintra.kernels.local_attention.triton_bwd import local_attention_bwd
 from lintra.kernels.local_attention.triton_fwd import local_attention_fwd
+from lintra.kernels.rotary_rms_norm.triton_fwd import rotary_rms_norm_fwd
 from lintra.kernels.token_conv.triton_bwd import token_conv2d_bwd_weight
 from lintra.kernels.token_conv.triton_fwd import token_conv2d_fwd
 
@@ -100,6 +101,12 @@ def adaptive(channels: int, dtype: torch.dtype) -> None:
     gated_ada_layer_norm_fwd(x, update, gate, scale, shift, 1e-6)
 
 
+def rotary(dim: int, dtype: torch.dtype) -> None:
+    query, key = (heads_outside(68, dim, dtype) for _ in range(2))
+    weights, tables = torch.empty(2, dim, dtype=dtype), torch.empty(2, 68, dim)
+    rotary_rms_norm_fwd(query, key, *weights, *tables, 1e-6)
+
+
 driver.set_active(NoDevice())
 JITFunction.__getitem__ = compiles
 for module in (launch, linear_configs, local_configs):
@@ -112,6 +119,7 @@ for dim, dtype in ((16, torch.float32), (64, torch.bfloat16)):
     linear(dim, dtype, *LINEAR)
     local(dim, dtype)
     mlp(dim, dtype)
+    rotary(2 * dim, dtype)
 with pinned(fwd_way="wide", bwd_way="wide"):
     linear(288, torch.bfloat16, *LINEAR)
 for dim in (64, 288, 320):  # one part of channels, and the most memory of each launch

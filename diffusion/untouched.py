@@ -1,0 +1,18 @@
+"""Whether a module may be computed without being called."""
+
+from torch import nn
+
+
+def is_untouched(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` is the forward of `kind` with its own weight, and nothing else.
+
+    Not so where adapters or quantisation have put something else in its place, or where hooks
+    (offloading, layerwise casting) bring its weight when it is called.
+    """
+    return (
+        type(module) is kind
+        and type(module.weight) is nn.Parameter
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in module.__dict__  # where accelerate puts its hooks
+    )
