@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -35,3 +36,14 @@ def fill_tensor(spec: dict, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def tokens_first(tensor: torch.Tensor) -> torch.Tensor:
     """`(B, H, N, D)` as the cases store it to the `(B, N, H, D)` of lintra, and back."""
     return tensor.transpose(1, 2)
+
+
+@pytest.fixture
+def exact_exponential(monkeypatch):
+    """Rounds as the machine of the cases did.
+
+    PyTorch's float32 exponential has another last bit on some processors. The frequencies of the
+    time embedding are exponentials, and multiplied by a thousand: 2.7e-5 in the output of CLEAR.
+    """
+    exponential = torch.exp
+    monkeypatch.setattr(torch, "exp", lambda x: exponential(x.double()).to(x.dtype))

@@ -4,19 +4,10 @@ import pytest
 import torch
 
 from golden.golden_fill_diffusion import digest, fill_all
-from golden_cases import case_names, load_case, noise_tensor
+from golden_cases import case_names, exact_exponential, load_case, noise_tensor
 from lintra.diffusion import ClearFluxTransformer2DModel
 
-
-@pytest.fixture
-def exact_exponential(monkeypatch):
-    """Rounds as the machine of the cases did.
-
-    PyTorch's float32 exponential has another last bit on some processors. The frequencies of the
-    time embedding are exponentials, and multiplied by a thousand: 2.7e-5 in the output.
-    """
-    exponential = torch.exp
-    monkeypatch.setattr(torch, "exp", lambda x: exponential(x.double()).to(x.dtype))
+__all__ = ["exact_exponential"]
 
 
 @pytest.mark.usefixtures("exact_exponential")

@@ -9,13 +9,14 @@ from diffusers.training_utils import (
 )
 
 from golden.golden_fill_diffusion import fill_all
-from golden_cases import load_case, noise_tensor
+from golden_cases import exact_exponential, load_case, noise_tensor
 from lintra.diffusion import ClearFluxTransformer2DModel
 from lintra.diffusion.flow import WEIGHTING_SCHEMES, FlowProcess
 from lintra.diffusion.losses import LOSS_TERMS, Predictions, check_loss_weights, weighted_loss
 from lintra.diffusion.training.families import FluxFamily, attention_layer_names
 from tiny_clear import FLUX, tiny_clear
 
+__all__ = ["exact_exponential"]
 CLEAR_LOSS = {"flow": 1.0, "output_distillation": 0.5, "attention_distillation": 0.05}
 
 
@@ -161,6 +162,7 @@ def test_layers_of_the_paper():
     ]
 
 
+@pytest.mark.usefixtures("exact_exponential")
 def test_the_family_calls_the_model_of_the_golden_case():
     """Packing, ids, guidance and levels of training give what the official code gave."""
     description, stored = load_case("A_clear_local_12x12_w4")
