@@ -3,16 +3,19 @@
 from torch import nn
 
 
+def is_unhooked(module: nn.Module) -> bool:
+    """Whether nothing happens when `module` is called but its own forward."""
+    return (
+        not module._forward_hooks
+        and not module._forward_pre_hooks
+        and "forward" not in module.__dict__  # where accelerate puts its hooks
+    )
+
+
 def is_untouched(module: nn.Module | None, kind: type[nn.Module]) -> bool:
     """Whether calling `module` is the forward of `kind` with its own weight, and nothing else.
 
     Not so where adapters or quantisation have put something else in its place, or where hooks
     (offloading, layerwise casting) bring its weight when it is called.
     """
-    return (
-        type(module) is kind
-        and type(module.weight) is nn.Parameter
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and "forward" not in module.__dict__  # where accelerate puts its hooks
-    )
+    return type(module) is kind and type(module.weight) is nn.Parameter and is_unhooked(module)

@@ -1,6 +1,6 @@
 """The block of LiT: DiT's adaLN-Zero block with fewer passes over the tokens."""
 
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
@@ -8,25 +8,8 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from torch import Tensor, nn
 
-from lintra.kernels import ada_layer_norm, gated_ada_layer_norm
-
 from .fused_gelu import fuse_gelu
-
-
-def _is_plain(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
-    """Whether `norm` is what the operations compute: a LayerNorm without weights."""
-    return type(norm) is nn.LayerNorm and norm.weight is None
-
-
-def modulated(norm: nn.Module, tokens: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``norm(tokens) * (1 + scale) + shift`` with scale and shift ``(B, C)``.
-
-    A LayerNorm without weights is not called but computed, in one pass with the rest.
-    Any other module is called.
-    """
-    if _is_plain(norm):
-        return ada_layer_norm(tokens, scale, shift, eps=norm.eps)
-    return torch.addcmul(shift.unsqueeze(1), norm(tokens), 1 + scale.unsqueeze(1))
+from .modulation import gated_modulated, modulated
 
 
 def embed_condition(
@@ -82,13 +65,9 @@ class LiTBlock(nn.Module):
         shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation
         tokens = modulated(norm1.norm, hidden_states, scale, shift)
         attended = self.attn1(tokens, **attention_kwargs)
-        if _is_plain(self.norm3):
-            hidden_states, tokens = gated_ada_layer_norm(
-                hidden_states, attended, gate, scale_ff, shift_ff, eps=self.norm3.eps
-            )
-        else:
-            hidden_states = torch.addcmul(hidden_states, gate.unsqueeze(1), attended)
-            tokens = modulated(self.norm3, hidden_states, scale_ff, shift_ff)
+        hidden_states, tokens = gated_modulated(
+            self.norm3, hidden_states, attended, gate, scale_ff, shift_ff
+        )
         return torch.addcmul(hidden_states, gate_ff.unsqueeze(1), self.ff(tokens))
 
 

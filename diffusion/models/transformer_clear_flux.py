@@ -10,6 +10,7 @@ from diffusers.models.transformers.transformer_flux import FluxPosEmbed, FluxTra
 from torch import Tensor
 
 from .clear import ClearMixin, check_spatial_shape
+from .flux_blocks import fuse_blocks
 from .image_ids import exact_ids, grid_of_ids
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class ClearFluxTransformer2DModel(ClearMixin, FluxTransformer2DModel):
             guidance_embeds=guidance_embeds,
             axes_dims_rope=axes_dims_rope,
         )
+        fuse_blocks(self)
         self._use_local_attention()
         self.pos_embed = self._rotary(ntk_factor)
 

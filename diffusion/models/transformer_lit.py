@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .linear_blocks import LinearTransformerMixin, install_linear_attention, token_grid
-from .lit_block import LiTBlock, embed_condition, modulated
+from .lit_block import LiTBlock, embed_condition
+from .modulation import modulated
 from .transformer_dit import DIFFUSERS_TIME_FREQ_SHIFT, set_time_freq_shift
 
 

@@ -1,0 +1,157 @@
+"""FLUX's blocks in fewer passes: the stock blocks' values, and when the stock form is kept."""
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.models.transformers import transformer_flux
+from peft import LoraConfig
+from torch.nn import functional as F
+
+from lintra.diffusion.models import flux_blocks, fused_gelu
+from tiny_clear import clear_inputs, tiny_clear, tiny_stock
+
+GRID = (3, 4)
+
+
+@pytest.fixture
+def model():
+    model = tiny_clear("flux", radius=2).requires_grad_(False)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and parameter.ndim == 2:  # else gates and shifts are small
+                parameter.normal_(std=0.3)
+    return model
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Takes this device for a GPU; names of what is computed together."""
+    seen = []
+
+    def counted(module, name):
+        function = getattr(module, name)
+
+        def call(*args):
+            seen.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(module, name, call)
+
+    def fused(bias, tokens, weight, *, use_gelu):
+        return F.gelu(torch.addmm(bias, tokens, weight), approximate="tanh")
+
+    for module in (flux_blocks, fused_gelu):
+        monkeypatch.setattr(module, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(fused_gelu, "_FUSED", fused)
+    monkeypatch.setattr(fused_gelu, "_DTYPES", (torch.float32, torch.bfloat16))
+    for name in ("_feed_forward", "_project_both", "linear_gelu"):
+        counted(flux_blocks, name)
+    return seen
+
+
+def stock_form(model, inputs, monkeypatch, autocast=False):
+    with monkeypatch.context() as patch, torch.no_grad(), torch.autocast("cpu", enabled=autocast):
+        patch.setattr(flux_blocks, "_on_gpu", lambda _: False)
+        patch.setattr(fused_gelu, "_on_gpu", lambda _: False)
+        return model(**inputs).sample
+
+
+def counts(model):
+    return 2 * len(model.transformer_blocks), len(model.single_transformer_blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inference_on_a_gpu_gives_the_same(model, calls, monkeypatch, dtype):
+    model.to(dtype)
+    inputs = {
+        key: x.to(dtype) if x.is_floating_point() and "ids" not in key else x
+        for key, x in clear_inputs("flux", GRID).items()
+    }
+    expected = stock_form(model, inputs, monkeypatch)
+    assert not calls
+    with torch.no_grad():
+        out = model(**inputs).sample
+    assert out.dtype == dtype
+    double, single = counts(model)
+    assert [calls.count(name) for name in ("_feed_forward", "_project_both", "linear_gelu")] == [
+        double,
+        single,
+        single,
+    ]
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_a_gradient_takes_the_stock_form(model, calls, monkeypatch):
+    inputs = clear_inputs("flux", GRID)
+    expected = stock_form(model, inputs, monkeypatch)
+    model.transformer_blocks[0].attn.to_q.requires_grad_()
+    out = model(**inputs).sample
+    assert not calls
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert model.transformer_blocks[0].attn.to_q.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["norm", "accelerate", "lora", "autocast"])
+def test_hooks_and_adapters_are_heard(model, calls, monkeypatch, kind):
+    inputs, seen = clear_inputs("flux", GRID), []
+    blocks, singles = model.transformer_blocks, model.single_transformer_blocks
+    hook = ModelHook()
+    hook.pre_forward = lambda _, *args, **kwargs: (seen.append(kind), (args, kwargs))[1]
+    if kind == "norm":
+        for block in (*blocks, *singles):
+            (block.norm1 if block in list(blocks) else block.norm).register_forward_hook(
+                lambda *_: seen.append(kind)
+            )
+    elif kind == "accelerate":
+        for block in singles:
+            add_hook_to_module(block.proj_mlp, hook)
+            add_hook_to_module(block.proj_out, hook)
+    elif kind == "lora":
+        targets = ["proj_mlp", "proj_out", "ff.net.0.proj"]
+        model.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    expected = stock_form(model, inputs, monkeypatch, autocast=kind == "autocast").float()
+    heard = len(seen)
+    with torch.no_grad(), torch.autocast("cpu", enabled=kind == "autocast"):
+        out = model(**inputs).sample.float()
+    allowed = 0.05 if kind == "autocast" else 1e-6
+    assert (out - expected).norm() <= allowed * expected.norm()
+    assert len(seen) == 2 * heard
+    assert (heard > 0) == (kind in ("norm", "accelerate"))
+    assert "linear_gelu" not in calls
+
+
+def test_a_second_norm_with_weights_is_called(model, calls, monkeypatch):
+    for block in model.transformer_blocks:
+        block.norm2 = torch.nn.LayerNorm(32)
+        torch.nn.init.normal_(block.norm2.weight)
+    inputs = clear_inputs("flux", GRID)
+    expected = stock_form(model, inputs, monkeypatch)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).sample, expected)
+    assert "_feed_forward" in calls
+
+
+def test_half_precision_is_clipped(monkeypatch):
+    monkeypatch.setattr(flux_blocks, "_on_gpu", lambda _: True)
+    tokens = torch.tensor([[[-1e9, 1e9, 1.0]]])
+    assert flux_blocks._clipped(tokens.half()).tolist() == [[[-65504, 65504, 1]]]
+    assert flux_blocks._clipped(tokens) is tokens
+
+
+def test_blocks_keep_their_names_and_their_weights():
+    stock, ours = tiny_stock("flux"), tiny_clear("flux", radius=2)
+    assert list(stock.state_dict()) == list(ours.state_dict())
+    for name in ("transformer_blocks", "single_transformer_blocks"):
+        theirs, mine = getattr(stock, name)[0], getattr(ours, name)[0]
+        assert type(mine) is not type(theirs)
+        assert type(mine).__name__ == type(theirs).__name__
+        assert isinstance(mine, type(theirs))
+        assert vars(mine).keys() == vars(theirs).keys()
+        metadata = [TransformerBlockRegistry.get(type(block)) for block in (theirs, mine)]
+        assert metadata[0].return_hidden_states_index == metadata[1].return_hidden_states_index
+        text = "return_encoder_hidden_states_index"
+        assert getattr(metadata[0], text) == getattr(metadata[1], text)
+    assert transformer_flux.FluxTransformerBlock is not flux_blocks.FluxTransformerBlock
