@@ -17,6 +17,7 @@ OPERATIONS = {
     "token_conv2d": "token_conv",
     "local_attention": "local_attention",
     "ada_layer_norm": "ada_layer_norm",
+    "rotary_rms_norm": "rotary_rms_norm",
 }
 MODEL_NAMES = ("inline_deit", "slab_deit", "lit")
 NAMES = (*OPERATIONS, *MODEL_NAMES, "models", "clear")
@@ -43,7 +44,7 @@ def _parser() -> ArgumentParser:
         help="a shape instead of the table's, can be repeated; linear_attention: B,N,H,D;"
         " token_conv2d: B,h,w,C,k[,residual[,per_sample]]; models: pixels,batch; clear:"
         " pixels,radius; local_attention: side,radius[,H,D,prefix[,pooled]]; ada_layer_norm:"
-        " B,N,C[,gated]",
+        " B,N,C[,gated]; rotary_rms_norm: B,N,H,D",
     )
     parser.add_argument("--only", default="", help="cases whose label holds this text")
     parser.add_argument("--direction", nargs="+", choices=("fwd", "bwd", "fwd+bwd"), default=())

@@ -39,8 +39,10 @@ def test_an_operation(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     found = records(tmp_path / f"{name}.csv")
     assert tuple(found[0]) == report.CSV_COLUMNS
     ours = [row for row in found if row["impl"] == OURS]
-    # The kernel of the last one has no gradient.
-    directions = {"fwd"} if name == "ada_layer_norm" else {"fwd", "bwd", "fwd+bwd"}
+    # The kernels of these have no gradient.
+    directions = (
+        {"fwd"} if name in ("ada_layer_norm", "rotary_rms_norm") else {"fwd", "bwd", "fwd+bwd"}
+    )
     assert {row["direction"] for row in ours} == directions
     for row in ours:
         assert row["op"] == name
@@ -219,6 +221,7 @@ def test_a_wrong_implementation_has_no_speed(
         (["local_attention", "--shape", "0,1"], r"`shape` must be side,radius.* got \(0, 1\)"),
         (["ada_layer_norm", "--shape", "1,2"], r"`shape` must be B,N,C.* got \(1, 2\)"),
         (["ada_layer_norm", "--shape", "1,2,3,2"], r"`shape` must be .*, gated 0 or 1, got .*"),
+        (["rotary_rms_norm", "--shape", "1,2"], r"`shape` must be B,N,H,D, .* got \(1, 2\)"),
         (["lit", "--shape", "30,1"], r"`shape` must be pixels .* got \(30, 1\)"),
         (["clear", "--shape", "40,8"], r"`shape` must be pixels,radius, pixels a .* got \(40, 8\)"),
         (["clear", "--training"], "`training` must not be set for clear, .*"),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lintra.diffusion.attention.local import ClearAttnProcessor
 from lintra.diffusion.models.transformer_clear_flux import ClearFluxTransformer2DModel
 
-from . import local_attention
+from . import ada_layer_norm, local_attention, rotary_rms_norm
 from .case import Case, Peer, Run, check_shape
 from .models import Mode
 
@@ -120,7 +120,11 @@ def build(
         shape=f"{side}px r{radius}",
         make=partial(_inputs, side, num_text, config),
         ours=Peer(ours),
-        checks=(local_attention.build((grid, radius, heads, dim, num_text), "FLUX"),),
+        checks=(
+            local_attention.build((grid, radius, heads, dim, num_text), "FLUX"),
+            rotary_rms_norm.build((1, num_text, heads, dim), "FLUX"),
+            *(ada_layer_norm.build((1, num_text, heads * dim, gated), "FLUX") for gated in (0, 1)),
+        ),
         peers=peers,
         targets=targets,
         directions=("fwd",),
