@@ -43,8 +43,8 @@ def _on_gpu(tokens: Tensor) -> bool:
 def fuses_gelu(linear: nn.Module, tokens: Tensor) -> bool:
     """Whether `linear_gelu` may stand for calling the two modules.
 
-    In training, under autocast, torch.export and dispatch modes (FlopCounterMode), and where the
-    linear map has an adapter or hooks, it may not.
+    In training, under autocast and dispatch modes (FlopCounterMode), and where the linear map has
+    an adapter or hooks, it may not.
     """
     if _FUSED is None or not _on_gpu(tokens):
         return False
@@ -60,7 +60,7 @@ def fuses_gelu(linear: nn.Module, tokens: Tensor) -> bool:
     if torch.is_autocast_enabled(tokens.device.type):
         return False
     if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()  # another program need not have the operator
+        return True
     return not torch.jit.is_tracing() and not is_in_torch_dispatch_mode()
 
 
