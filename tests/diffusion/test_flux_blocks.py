@@ -155,3 +155,21 @@ def test_blocks_keep_their_names_and_their_weights():
         text = "return_encoder_hidden_states_index"
         assert getattr(metadata[0], text) == getattr(metadata[1], text)
     assert transformer_flux.FluxTransformerBlock is not flux_blocks.FluxTransformerBlock
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_gpu(model, dtype):
+    model.cuda()
+    inputs = {key: x.cuda() for key, x in clear_inputs("flux", GRID).items()}
+    ids = {key: inputs.pop(key) for key in ("img_ids", "txt_ids")}
+
+    def run(kind):
+        return model.to(kind)(**{key: x.to(kind) for key, x in inputs.items()}, **ids).sample
+
+    with torch.no_grad():
+        exact = run(torch.float64)
+        fused = run(dtype)
+    stock = run(dtype)  # with gradients on
+    error, allowed = (float((x.double() - exact).norm()) for x in (fused, stock))
+    assert error <= 1.5 * allowed + torch.finfo(dtype).eps * float(exact.norm())
