@@ -33,8 +33,9 @@ _FORM_NOTES = {
 }
 _SAMPLER_NOTE = (
     "DDIM. DiTPipeline drops the predicted variance and guides every latent channel (the authors'"
-    " code the first three); for ancestral steps with the variance hand raw outputs to"
-    ' DDPMScheduler.from_config(pipeline.scheduler.config, variance_type="learned_range")'
+    " code the first three); for the authors' ancestral steps with the variance hand raw outputs to"
+    ' DDPMScheduler.from_config(pipeline.scheduler.config, variance_type="learned_range",'
+    ' timestep_spacing="linspace")'
 )
 _CARD = """---
 library_name: diffusers

@@ -20,7 +20,8 @@ class DDPMProcess:
       ``var_t = beta_t (1 - abar_{t-1}) / (1 - abar_t)`` (Ho et al. 2020, arXiv:2006.11239, Eq. 6-7)
 
     Args:
-        alphas_cumprod: abar, ``(T,)``, decreasing in (0, 1); a scheduler's or a respaced subset.
+        alphas_cumprod: abar, ``(T,)``, decreasing in (0, 1), or a respaced subset. In float64: in
+            a scheduler's float32 the first steps' 1 - abar is .06 % off.
 
     All tables are computed in float64 and read as float32.
     """

@@ -74,5 +74,5 @@ class FlowProcess:
         return (1 - sigma) * clean + sigma * noise
 
     def weighting(self, sigma: Tensor) -> Tensor:
-        """The factor of every sample's velocity losses, ``(B,)`` float32."""
+        """The factor of every sample's losses, ``(B,)`` float32."""
         return compute_loss_weighting_for_sd3(self._scheme, sigma).float()

@@ -21,7 +21,7 @@ class Predictions:
         student: output of the student, ``(B, C, H, W)``, or ``(B, 2 C, H, W)`` with the raw
             variance in the last C channels.
         teacher: output of the teacher for the same input and condition, without gradient.
-        weighting: factor of each sample's velocity terms, ``(B,)``; None is 1.
+        weighting: factor of each sample's velocity and attention terms, ``(B,)``; None is 1.
         attention: outputs of the compared attention layers, student's and teacher's,
             ``(B, N, C)`` each.
     """
@@ -97,9 +97,12 @@ def variance_distillation(p: Predictions) -> Tensor:
     return _mean_square(_split(p.teacher, channels)[1], _split(p.student, channels)[1])
 
 
-def _velocity_error(p: Predictions, target: Tensor) -> Tensor:
-    error = _mean_square(p.student.float(), target)
+def _weighted(p: Predictions, error: Tensor) -> Tensor:
     return error if p.weighting is None else p.weighting * error
+
+
+def _velocity_error(p: Predictions, target: Tensor) -> Tensor:
+    return _weighted(p, _mean_square(p.student.float(), target))
 
 
 def flow_loss(p: Predictions) -> Tensor:
@@ -114,13 +117,13 @@ def output_distillation(p: Predictions) -> Tensor:
 
 
 def attention_distillation(p: Predictions) -> Tensor:
-    """``sum over layers of mean (A_student - A_teacher)^2`` (CLEAR, its attention loss).
+    """``w(s) sum over layers of mean (A_student - A_teacher)^2`` (CLEAR, its attention loss).
 
     A is the output of an attention layer, text and image; in FLUX's single blocks that is what the
     heads give, concatenated, before the block's `proj_out`.
     """
     pairs = (_mean_square(student.float(), teacher.float()) for student, teacher in p.attention)
-    return sum(pairs, p.noise.new_zeros(len(p.noise)))
+    return _weighted(p, sum(pairs, p.noise.new_zeros(len(p.noise))))
 
 
 LOSS_TERMS: dict[str, LossTerm] = {

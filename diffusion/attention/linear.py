@@ -31,12 +31,17 @@ class LiTAttnProcessor:
             query = attn.to_q(hidden_states)
             key = attn.to_k(hidden_states)
             value = attn.to_v(hidden_states)
+        feature_map, eps = attn.feature_map, attn.eps
+        if attn.eps_features:
+            phi = FEATURE_MAPS[feature_map]
+            query, key = (phi(x) + attn.eps_features for x in (query, key))
+            feature_map, eps = "identity", eps * key.shape[1]
         shape = (*query.shape[:2], attn.heads, -1)
         out = linear_attention(
             *(x.view(shape) for x in (query, key, value)),
-            feature_map=attn.feature_map,
+            feature_map=feature_map,
             normalizer="ratio",
-            eps=attn.eps,
+            eps=eps,
         ).flatten(2)
         if attn.dwc is not None:
             if grid is None:
@@ -84,6 +89,10 @@ class LiTAttention(nn.Module, AttentionModuleMixin):
         dropout: after the output projection.
         feature_map: see `linear_attention`.
         eps: added to the denominator.
+        eps_features: above 0 the features are ``phi(x) + eps_features`` and `eps` counts once a
+            key, as in later code of LiT's first author (LINA, arXiv:2601.22630; 1e-6 for both): a
+            query without a positive channel then sees a mean instead of nothing. It costs a pass
+            over queries and keys.
         conv_kernel_size: odd side of the convolution; 0 leaves it out.
         conv_shared: share the filters across heads.
 
@@ -104,6 +113,7 @@ class LiTAttention(nn.Module, AttentionModuleMixin):
         dropout: float = 0.0,
         feature_map: str = "relu",
         eps: float = 1e-6,
+        eps_features: float = 0.0,
         conv_kernel_size: int = 5,
         conv_shared: bool = True,
     ):
@@ -117,11 +127,14 @@ class LiTAttention(nn.Module, AttentionModuleMixin):
         if feature_map not in FEATURE_MAPS:
             names = ", ".join(FEATURE_MAPS)
             raise ValueError(f"`feature_map` must be one of {names}, got {feature_map!r}")
+        if not eps_features >= 0:
+            raise ValueError(f"`eps_features` must not be negative, got {eps_features}")
         self.heads = heads
         self.query_dim = self.inner_dim = dim
         self.use_bias = bias
         self.feature_map = feature_map
         self.eps = eps
+        self.eps_features = eps_features
         self.to_q = nn.Linear(dim, dim, bias=bias)
         self.to_k = nn.Linear(dim, dim, bias=bias)
         self.to_v = nn.Linear(dim, dim, bias=bias)

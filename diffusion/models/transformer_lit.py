@@ -29,6 +29,7 @@ class LiTTransformer2DModel(LinearTransformerMixin, AttentionMixin, DiTTransform
             S, B, L, XL and the divisor with heads nearest to 256 channels for others.
         linear_feature_map: feature map, see `lintra.kernels.linear_attention`.
         linear_eps: added to the denominator of the attention.
+        linear_eps_features: added to the features, see `LiTAttention`; 0 for none.
         conv_kernel_size: side of the depthwise convolution on the values; 0 leaves it out.
         conv_shared: share its filters across heads.
         time_freq_shift: see `OfficialDiTTransformer2DModel`; the default is that of diffusers.
@@ -62,6 +63,7 @@ class LiTTransformer2DModel(LinearTransformerMixin, AttentionMixin, DiTTransform
         num_linear_heads: int | None = None,
         linear_feature_map: str = "relu",
         linear_eps: float = 1e-6,
+        linear_eps_features: float = 0.0,
         conv_kernel_size: int = 5,
         conv_shared: bool = True,
         time_freq_shift: float = DIFFUSERS_TIME_FREQ_SHIFT,
@@ -105,6 +107,7 @@ class LiTTransformer2DModel(LinearTransformerMixin, AttentionMixin, DiTTransform
             dropout=dropout,
             feature_map=linear_feature_map,
             eps=linear_eps,
+            eps_features=linear_eps_features,
             conv_kernel_size=conv_kernel_size,
             conv_shared=conv_shared,
         )

@@ -27,6 +27,7 @@ class LiTPixArtTransformer2DModel(LinearTransformerMixin, PixArtTransformer2DMod
             heads nearest to 256 channels, which is 4 for PixArt's 1152.
         linear_feature_map: feature map, see `lintra.kernels.linear_attention`.
         linear_eps: added to the denominator of the attention.
+        linear_eps_features: added to the features, see `LiTAttention`; 0 for none.
         conv_kernel_size: side of the depthwise convolution on the values; 0 leaves it out.
         conv_shared: share its filters across heads.
 
@@ -64,6 +65,7 @@ class LiTPixArtTransformer2DModel(LinearTransformerMixin, PixArtTransformer2DMod
         num_linear_heads: int | None = None,
         linear_feature_map: str = "relu",
         linear_eps: float = 1e-6,
+        linear_eps_features: float = 0.0,
         conv_kernel_size: int = 5,
         conv_shared: bool = True,
     ):
@@ -100,6 +102,7 @@ class LiTPixArtTransformer2DModel(LinearTransformerMixin, PixArtTransformer2DMod
             dropout=dropout,
             feature_map=linear_feature_map,
             eps=linear_eps,
+            eps_features=linear_eps_features,
             conv_kernel_size=conv_kernel_size,
             conv_shared=conv_shared,
         )

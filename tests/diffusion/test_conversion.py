@@ -16,6 +16,7 @@ from lintra.diffusion import (
     load_pipeline,
 )
 from lintra.diffusion.conversion import LICENCE_NOTE, convert_official_dit, read_labels
+from lintra.diffusion.ddpm import DDPMProcess
 from lintra.diffusion.sampling import sample_images
 from lintra.diffusion.training.assemble import build_models
 from lintra.diffusion.training.config import ModelConfig
@@ -172,6 +173,29 @@ def test_ancestral_steps_with_the_learned_variance(converted, monkeypatch):
         monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *a, noise=fresh, **k: noise)
         output, x = tensors["model_output"][i : i + 1], tensors["x"][i : i + 1]
         _assert_step(scheduler.step(output, t, x).prev_sample, tensors["noclip.ddpm"][i : i + 1])
+
+
+def test_the_authors_250_ancestral_steps(converted, monkeypatch):
+    """As the report says to sample: rounded steps from 0 to 999, not every fourth from 0."""
+    folder, report = converted
+    settings = {"variance_type": "learned_range", "timestep_spacing": "linspace"}
+    assert all(f'{name}="{value}"' in str(report) for name, value in settings.items())
+    scheduler = DDPMScheduler.from_config(load_pipeline(folder).scheduler.config, **settings)
+    scheduler.set_timesteps(250)
+    tables = load_case("E_ddpm_schedule")[1]
+    torch.testing.assert_close(scheduler.timesteps.flip(0), tables["respaced_250.timestep_map"])
+    process = DDPMProcess(tables["respaced_250.alphas_cumprod"])
+    torch.manual_seed(0)
+    x, output, fresh = torch.randn(1, 4, 8, 8), torch.randn(1, 8, 8, 8), torch.randn(1, 4, 8, 8)
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *a, **k: fresh)
+    noise, variance = output.chunk(2, dim=1)
+    for i in (0, 1, 2, 125, 248, 249):
+        step = torch.tensor([i])
+        expected = process.posterior_mean(process.predict_clean(x, noise, step), x, step)
+        if i:
+            expected = expected + fresh * (process.learned_log_variance(variance, step) / 2).exp()
+        t = int(tables["respaced_250.timestep_map"][i])
+        _assert_step(scheduler.step(output, t, x).prev_sample, expected)
 
 
 def test_what_does_not_fit(tmp_path, vae):

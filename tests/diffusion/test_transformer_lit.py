@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
 from torch.nn import functional as F
 
+from golden_cases import case_names, fill_tensor, load_case, noise_tensor, tokens_first
 from kernel_checks import DEVICE, on_gpu_or_interpreted
 from lintra.diffusion import LiTPixArtTransformer2DModel, LiTTransformer2DModel, assert_linear
 from lintra.diffusion.attention.linear import LiTAttention, LiTAttnProcessor
@@ -47,6 +48,55 @@ def test_attention_is_its_definition(shared):
         local = F.conv2d(image, filters, bias, padding=1, groups=12).flatten(2).transpose(1, 2)
         expected = attention.to_out[0](expected + local)
         torch.testing.assert_close(attention(x, grid=(4, 5)), expected)
+
+
+@pytest.mark.parametrize("name", case_names("C_relu_lit"))
+def test_attention_is_the_measured_core(name):
+    """The golden cores, which have a constant on the features, with projections left out."""
+    description, stored = load_case(name)
+    draw = [noise_tensor(description["inputs"][x], torch.float64) for x in ("q", "k", "v", "do")]
+    heads = draw[0].shape[1]
+    q, k, v, do = (tokens_first(x).flatten(2).requires_grad_() for x in draw)
+    count, width = q.shape[1:]
+    has_dwc = "_dwc" in name
+    options = {"eps_features": 1e-6, "conv_kernel_size": 5 if has_dwc else 0}
+    attention = LiTAttention(width, heads, **options).double().eval()
+    attention.to_out[0] = torch.nn.Identity()
+    for projection, tokens in ((attention.to_q, q), (attention.to_k, k), (attention.to_v, v)):
+        projection.forward = lambda _, tokens=tokens: tokens
+    leaves = {"dq": q, "dk": k, "dv": v}
+    if has_dwc:
+        attention.dwc.load_state_dict(
+            {
+                key: fill_tensor(description["parameters"][f"dwc.{key}"])
+                for key in ("weight", "bias")
+            }
+        )
+        leaves |= {"ddwc.weight": attention.dwc.weight, "ddwc.bias": attention.dwc.bias}
+    grid = (5, 9) if count == 45 else (int(count**0.5), int(count**0.5))
+    out = attention(torch.zeros_like(q), grid=grid)
+    results = dict(zip(leaves, torch.autograd.grad(out, leaves.values(), do), strict=True))
+    for key, expected in stored.items():
+        if "dwc" not in key:
+            expected = tokens_first(expected).flatten(2)
+        result = out if key == "out" else results[key]
+        torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("cls", [LiTTransformer2DModel, LiTPixArtTransformer2DModel])
+def test_a_constant_on_the_features(cls, tmp_path):
+    model = cls(num_attention_heads=2, attention_head_dim=8, num_layers=1, linear_eps_features=1e-6)
+    assert model.transformer_blocks[0].attn1.eps_features == 1e-6
+    model.save_pretrained(tmp_path)
+    assert cls.from_pretrained(tmp_path).transformer_blocks[0].attn1.eps_features == 1e-6
+    attention, x = LiTAttention(8, 2, conv_kernel_size=0, eps_features=1e-6), torch.randn(1, 5, 8)
+    torch.nn.init.constant_(attention.to_q.bias, -100.0)  # no query has a positive channel
+    assert attention(x).std() > 1e-3
+    plain = LiTAttention(8, 2, conv_kernel_size=0)
+    plain.load_state_dict(attention.state_dict())
+    assert (plain(x) == plain.to_out[0].bias).all()
+    with pytest.raises(ValueError, match="`eps_features` must not be negative, got -1"):
+        LiTAttention(8, 2, eps_features=-1)
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 12), (4, 20), (2, 2)])
