@@ -134,6 +134,11 @@ def test_ema_is_preferred_and_prefixes_are_stripped() -> None:
     assert load_official(model, container, prefer_ema=False).source == "state_dict"
     torch.testing.assert_close(model.head.weight, plain.head.weight)
     assert load_official(model, official_state(plain)).source == ""
+    nested = {"model": {"state_dict": official_state(plain), "ema": official_state(averaged)}}
+    assert load_official(model, nested).source == "model.ema"
+    torch.testing.assert_close(model.head.weight, averaged.head.weight)
+    nested = {"state_dict_ema": {"module": official_state(averaged), "decay": 0.99}, "epoch": 1}
+    assert load_official(model, nested).source == "state_dict_ema.module"
 
 
 @pytest.mark.parametrize(
