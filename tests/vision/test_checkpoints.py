@@ -155,6 +155,15 @@ def test_position_tables_are_resized(name: str) -> None:
         )
 
 
+@torch.no_grad()
+def test_resized_when_loaded_equals_resampled_on_the_fly() -> None:
+    source = randomize(create_small("pvt_tiny_slab")).eval()
+    model = create_small("pvt_tiny_slab", img_size=(96, 64)).eval()
+    load_official(model, official_state(source))
+    x = torch.randn(2, 3, 96, 64)
+    torch.testing.assert_close(model(x), source(x))
+
+
 @pytest.fixture
 def yacs(monkeypatch: pytest.MonkeyPatch) -> type:
     """A module yacs.config like the authors', whose objects set a flag when they are rebuilt."""

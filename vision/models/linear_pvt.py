@@ -48,7 +48,8 @@ class LinearPyramidTransformer(HierarchicalBackbone):
         attn: ``softmax``, ``sla`` or ``inline``; one for all, one a stage or one a block.
         norm: ``ln``, ``prepbn`` or ``repbn``; one for all, one a stage or one a block.
         norm_eps: eps of the LayerNorms in blocks.
-        patch_norm_eps: eps of the LayerNorms in patch embeddings; None is `norm_eps`.
+        patch_norm_eps: eps of the LayerNorms in patch embeddings and after spatial reduction;
+            None is `norm_eps`.
         qkv_bias: projections have a bias.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after projections and in Mlps.
@@ -112,7 +113,7 @@ class LinearPyramidTransformer(HierarchicalBackbone):
                     proj_drop=proj_drop_rate,
                     **dd,
                 )
-                for kind, layer in zip(kinds[index], norms[index], strict=True)
+                for kind, layer in zip(kinds[index], patch_norms[index], strict=True)
             ]
             stages.append(
                 build_stage(
