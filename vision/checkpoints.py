@@ -1,7 +1,7 @@
 """Loads the authors' SLAB and InLine checkpoints into our models, with nothing left over."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,8 @@ class OfficialReport:
     """What `load_official` did.
 
     Attributes:
-        source: entry of the container that held the weights, "" for a bare state dict.
+        source: entry of the container that held the weights, with dots where nested; "" for a bare
+            state dict.
         loaded: names of ours that were filled.
         renamed: official name -> ours, where they differ.
         dropped: official name -> why it was left out.
@@ -110,11 +111,21 @@ def _is_state(value: Any) -> bool:
     return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
 
 
+def _find_state(container: Mapping[str, Any], order: Sequence[str]) -> tuple[str, State] | None:
+    """The first state dict under the names of `order`, with its dotted path; else the container."""
+    for key in order:
+        inner = container.get(key)
+        if isinstance(inner, Mapping) and (found := _find_state(inner, order)) is not None:
+            path, state = found
+            return f"{key}.{path}".rstrip("."), state
+    return ("", dict(container)) if _is_state(container) else None
+
+
 def extract_weights(checkpoint: Any, *, prefer_ema: bool = True) -> tuple[str, State]:
     """The state dict in a container, and the name of its entry.
 
     Args:
-        checkpoint: a state dict, or a mapping that holds some under the usual names.
+        checkpoint: a state dict, or a mapping that holds some under the usual names, maybe nested.
         prefer_ema: take averaged weights where there are any.
 
     Raises:
@@ -125,9 +136,8 @@ def extract_weights(checkpoint: Any, *, prefer_ema: bool = True) -> tuple[str, S
             f"`checkpoint` must be a path or a mapping, got {type(checkpoint).__name__}"
         )
     order = EMA_KEYS + CONTAINER_KEYS if prefer_ema else CONTAINER_KEYS
-    source = next((key for key in order if _is_state(checkpoint.get(key))), "")
-    state = checkpoint[source] if source else checkpoint
-    if not _is_state(state):
+    source, state = _find_state(checkpoint, order) or ("", None)
+    if state is None:
         names = ", ".join(order)
         raise ValueError(
             f"`checkpoint` must be a state dict or hold one under {names},"

@@ -16,6 +16,7 @@ from lintra.vision.attention import (
 from lintra.vision.models.linear_deit import LinearViTBlock
 from lintra.vision.models.stages import HierarchicalBlock
 from lintra.vision.norm import norm_factory
+from vision_names import create_small
 
 TOLERANCE = 1e-6
 
@@ -104,6 +105,15 @@ def test_pvt_reduction_with_prepbn() -> None:
         qkv_bias=settings["qkv_bias"],
     )
     check(attn, case, our_name, tuple(description["grid"]))
+
+
+def test_eps_after_spatial_reduction_is_that_of_the_patch_embedding() -> None:
+    eps = {}
+    for name in ("pvt_tiny_slab", "pvt_tiny_inline"):
+        model = create_small(name, attn="softmax", norm="ln")
+        block = model.stages[0].blocks[0]
+        eps[name] = (block.norm1.eps, block.attn.norm.eps, model.patch_embed.norm.eps)
+    assert eps == {"pvt_tiny_slab": (1e-6,) * 3, "pvt_tiny_inline": (1e-6, 1e-5, 1e-5)}
 
 
 def test_deit_block() -> None:

@@ -134,6 +134,11 @@ def test_ema_is_preferred_and_prefixes_are_stripped() -> None:
     assert load_official(model, container, prefer_ema=False).source == "state_dict"
     torch.testing.assert_close(model.head.weight, plain.head.weight)
     assert load_official(model, official_state(plain)).source == ""
+    nested = {"model": {"state_dict": official_state(plain), "ema": official_state(averaged)}}
+    assert load_official(model, nested).source == "model.ema"
+    torch.testing.assert_close(model.head.weight, averaged.head.weight)
+    nested = {"state_dict_ema": {"module": official_state(averaged), "decay": 0.99}, "epoch": 1}
+    assert load_official(model, nested).source == "state_dict_ema.module"
 
 
 @pytest.mark.parametrize(
@@ -148,6 +153,15 @@ def test_position_tables_are_resized(name: str) -> None:
         assert torch.allclose(
             model.state_dict()[key].mean(), source.state_dict()[key].mean(), atol=0.02
         )
+
+
+@torch.no_grad()
+def test_resized_when_loaded_equals_resampled_on_the_fly() -> None:
+    source = randomize(create_small("pvt_tiny_slab")).eval()
+    model = create_small("pvt_tiny_slab", img_size=(96, 64)).eval()
+    load_official(model, official_state(source))
+    x = torch.randn(2, 3, 96, 64)
+    torch.testing.assert_close(model(x), source(x))
 
 
 @pytest.fixture

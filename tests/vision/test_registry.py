@@ -373,3 +373,6 @@ def test_more_errors() -> None:
     with pytest.raises(ValueError, match=r"`attn_mask` must be None for linear attention"):
         model(image(), attn_mask=torch.zeros(16, 16))
     assert create_small(name, linear_window_size=8)(image()).shape == (2, 7)
+    for name in ("deit_tiny_slab_patch16_224", "pvt_tiny_slab", "cswin_tiny_slab_224"):
+        with pytest.raises(ValueError, match=r"`kernel_size` must be odd and positive, got 4"):
+            create_small(name, sla_kernel_size=4)

@@ -25,6 +25,9 @@ class SimplifiedLinearAttention(LinearMixer):
     Args:
         dim: see `LinearMixer`, as all others.
         kernel_size: of the depthwise convolution, odd.
+
+    Raises:
+        ValueError: an even kernel, which would move its output by half a token.
     """
 
     def __init__(
@@ -41,6 +44,8 @@ class SimplifiedLinearAttention(LinearMixer):
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, grid=grid, sr_ratio=sr_ratio, **kwargs, **dd)
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"`kernel_size` must be odd and positive, got {kernel_size}")
         head_dim = dim // num_heads
         self.dwc = nn.Conv2d(
             head_dim, head_dim, kernel_size, padding=kernel_size // 2, groups=head_dim, **dd
@@ -86,7 +91,7 @@ class SimplifiedLinearAttention(LinearMixer):
         if self.lepe is not None:
             # Both convolve v: one pass with the sum of the kernels, the smaller one padded.
             border = (weight.shape[-1] - 3) // 2
-            lepe = F.pad(self.lepe.weight.squeeze(1), [border] * 4)
-            weight = weight.repeat(self.num_heads, 1, 1) + lepe
+            lepe = F.pad(self.lepe.weight.squeeze(1), [max(border, 0)] * 4)
+            weight = F.pad(weight, [max(-border, 0)] * 4).repeat(self.num_heads, 1, 1) + lepe
             bias = bias.repeat(self.num_heads) + self.lepe.get_parameter("bias")
         return weight, bias

@@ -13,7 +13,7 @@ from timm.layers import calculate_drop_path_rates, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from ..attention import MIXERS, CrossShapedWindowAttention
+from ..attention import CrossShapedWindowAttention, build_mixer
 from .building import build_staged_backbone
 from .hierarchical import HierarchicalBackbone
 from .options import Choice, attention_choices, default_cfg, norm_choices
@@ -28,6 +28,7 @@ def _mixer(
     grid: Grid,
     split_size: int,
     num_branches: int,
+    sla_kernel_size: int,
     attn_drop: float,
     **kwargs: Any,
 ) -> nn.Module:
@@ -37,7 +38,8 @@ def _mixer(
         )
     # InLine-CSwin makes its local kernels from the block's un-normed input.
     extra: dict[str, Any] = {"raw_context": True} if kind == "inline" else {}
-    return MIXERS[kind](dim, num_heads, grid=grid, lepe=True, **extra, **kwargs)
+    extra["sla_kernel_size"] = sla_kernel_size
+    return build_mixer(kind, dim, num_heads, grid=grid, lepe=True, **extra, **kwargs)
 
 
 class LinearCSwinTransformer(HierarchicalBackbone):
@@ -56,6 +58,7 @@ class LinearCSwinTransformer(HierarchicalBackbone):
         depths: blocks of the stages.
         num_heads: heads of the stages.
         split_sizes: width of the stripes of softmax blocks, tokens.
+        sla_kernel_size: side of the depthwise convolution of SLA blocks, odd.
         mlp_ratio: hidden channels of the Mlps, in units of channels.
         attn: ``softmax``, ``sla`` or ``inline``; one for all, one a stage or one a block.
         norm: ``ln``, ``prepbn`` or ``repbn``; one for all, one a stage or one a block.
@@ -81,6 +84,7 @@ class LinearCSwinTransformer(HierarchicalBackbone):
         depths: Sequence[int] = (2, 4, 18, 1),
         num_heads: Sequence[int] = (2, 4, 8, 16),
         split_sizes: Sequence[int] = (1, 2, 7, 7),
+        sla_kernel_size: int = 5,
         mlp_ratio: float = 4.0,
         attn: Choice = "softmax",
         norm: Choice = "ln",
@@ -115,6 +119,7 @@ class LinearCSwinTransformer(HierarchicalBackbone):
                     grid=grid,
                     split_size=split_sizes[index],
                     num_branches=1 if index == len(dims) - 1 else 2,
+                    sla_kernel_size=sla_kernel_size,
                     attn_drop=attn_drop_rate,
                     qkv_bias=qkv_bias,
                     proj_drop=proj_drop_rate,

@@ -13,7 +13,7 @@ from timm.models._features_fx import register_notrace_module
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..attention import MIXERS
+from ..attention import build_mixer
 from ..fold import Foldable, NormSite
 from .building import build_backbone, record_input_size
 from .loading import filter_checkpoint
@@ -51,6 +51,7 @@ class LinearViTBlock(FoldableViTBlock):
         kind: ``sla`` or ``inline``.
         grid: ``(h, w)`` of the patches.
         num_prefix_tokens: class tokens.
+        sla_kernel_size: side of the depthwise convolution of an SLA block, odd.
         kwargs: see timm's Block.
 
     Raises:
@@ -67,6 +68,7 @@ class LinearViTBlock(FoldableViTBlock):
         kind: str,
         grid: tuple[int, int],
         num_prefix_tokens: int,
+        sla_kernel_size: int = 5,
         qkv_bias: bool = False,
         proj_drop: float = 0.0,
         device: torch.device | None = None,
@@ -80,11 +82,13 @@ class LinearViTBlock(FoldableViTBlock):
         kwargs["attn_layer"] = _NoAttention
         super().__init__(dim, num_heads, qkv_bias=qkv_bias, proj_drop=proj_drop, **kwargs, **dd)
         self.grid: tuple[int, int] | None = None  # None is the mixer's usual grid
-        self.attn = MIXERS[kind](
+        self.attn = build_mixer(
+            kind,
             dim,
             num_heads,
             grid=grid,
             num_prefix_tokens=num_prefix_tokens,
+            sla_kernel_size=sla_kernel_size,
             qkv_bias=qkv_bias,
             proj_drop=proj_drop,
             **dd,
@@ -118,6 +122,7 @@ class LinearVisionTransformer(FoldableReadout, VisionTransformer):
         norm: ``ln``, ``prepbn`` or ``repbn``; one for all blocks or one a block. The final norm is
             that of the last block.
         norm_eps: eps of the LayerNorms.
+        sla_kernel_size: side of the depthwise convolution of SLA blocks, odd.
         kwargs: see timm's VisionTransformer.
 
     Raises:
@@ -138,6 +143,7 @@ class LinearVisionTransformer(FoldableReadout, VisionTransformer):
         attn: str | Sequence[str] = "softmax",
         norm: str | Sequence[str] = "ln",
         norm_eps: float = 1e-6,
+        sla_kernel_size: int = 5,
         depth: int = 12,
         class_token: bool = True,
         reg_tokens: int = 0,
@@ -162,6 +168,7 @@ class LinearVisionTransformer(FoldableReadout, VisionTransformer):
                 kind=kinds[depth],
                 grid=grid,
                 num_prefix_tokens=int(class_token) + reg_tokens,
+                sla_kernel_size=sla_kernel_size,
                 **kwargs,
             )
 

@@ -13,7 +13,7 @@ from timm.layers import calculate_drop_path_rates, to_2tuple
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from ..attention import MIXERS, SpatialReductionAttention
+from ..attention import SpatialReductionAttention, build_mixer
 from .building import build_staged_backbone
 from .hierarchical import HierarchicalBackbone
 from .options import Choice, attention_choices, default_cfg, norm_choices
@@ -21,11 +21,19 @@ from .stages import ConvEmbed, Grid, HierarchicalStage, build_stage
 
 
 def _mixer(
-    kind: str, dim: int, num_heads: int, *, grid: Grid, attn_drop: float, **kwargs: Any
+    kind: str,
+    dim: int,
+    num_heads: int,
+    *,
+    grid: Grid,
+    sla_kernel_size: int,
+    attn_drop: float,
+    **kwargs: Any,
 ) -> nn.Module:
     if kind == "softmax":
         return SpatialReductionAttention(dim, num_heads, attn_drop=attn_drop, **kwargs)
-    return MIXERS[kind](dim, num_heads, grid=grid, fused_qkv=False, **kwargs)
+    kwargs["sla_kernel_size"] = sla_kernel_size
+    return build_mixer(kind, dim, num_heads, grid=grid, fused_qkv=False, **kwargs)
 
 
 class LinearPyramidTransformer(HierarchicalBackbone):
@@ -45,10 +53,12 @@ class LinearPyramidTransformer(HierarchicalBackbone):
         mlp_ratios: hidden channels of the stages' Mlps, in units of channels.
         sr_ratios: reduction of keys and values in softmax blocks.
         linear_sr_ratios: the same in SLA blocks; InLine needs 1.
+        sla_kernel_size: side of the depthwise convolution of SLA blocks, odd.
         attn: ``softmax``, ``sla`` or ``inline``; one for all, one a stage or one a block.
         norm: ``ln``, ``prepbn`` or ``repbn``; one for all, one a stage or one a block.
         norm_eps: eps of the LayerNorms in blocks.
-        patch_norm_eps: eps of the LayerNorms in patch embeddings; None is `norm_eps`.
+        patch_norm_eps: eps of the LayerNorms in patch embeddings and after spatial reduction;
+            None is `norm_eps`.
         qkv_bias: projections have a bias.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after projections and in Mlps.
@@ -72,6 +82,7 @@ class LinearPyramidTransformer(HierarchicalBackbone):
         mlp_ratios: Sequence[float] = (8.0, 8.0, 4.0, 4.0),
         sr_ratios: Sequence[int] = (8, 4, 2, 1),
         linear_sr_ratios: Sequence[int] = (1, 1, 1, 1),
+        sla_kernel_size: int = 5,
         attn: Choice = "softmax",
         norm: Choice = "ln",
         norm_eps: float = 1e-6,
@@ -106,13 +117,14 @@ class LinearPyramidTransformer(HierarchicalBackbone):
                     num_heads[index],
                     grid=grid,
                     sr_ratio=(sr_ratios if kind == "softmax" else linear_sr_ratios)[index],
+                    sla_kernel_size=sla_kernel_size,
                     norm_layer=layer,
                     attn_drop=attn_drop_rate,
                     qkv_bias=qkv_bias,
                     proj_drop=proj_drop_rate,
                     **dd,
                 )
-                for kind, layer in zip(kinds[index], norms[index], strict=True)
+                for kind, layer in zip(kinds[index], patch_norms[index], strict=True)
             ]
             stages.append(
                 build_stage(

@@ -40,8 +40,8 @@ def _stage_windows(value: Any, num_stages: int) -> list[tuple[int, int]]:
 class LinearSwinTransformer(FoldableReadout, SwinTransformer):
     """timm's SwinTransformer with linear attention and foldable norms, chosen block by block.
 
-    Linear blocks attend over the whole map and never shift; softmax blocks are timm's, in windows
-    of `window_size`. Patch merging has the norm of its stage's first block, the embedding that of
+    Linear blocks attend over the whole map; softmax blocks are timm's, in windows of
+    `window_size`. Patch merging has the norm of its stage's first block, the embedding that of
     the first and the final norm that of the last block of all.
 
     Args:
@@ -50,6 +50,9 @@ class LinearSwinTransformer(FoldableReadout, SwinTransformer):
         norm_eps: eps of the LayerNorms.
         linear_window_size: side of windows for the linear blocks, in tokens, which must divide
             their maps; None for the whole map.
+        linear_window_shift: every other linear block shifts its windows, without a mask, as those
+            of InLine's comparison of window sizes do.
+        sla_kernel_size: side of the depthwise convolution of SLA blocks, odd.
         window_size: of the softmax blocks.
         kwargs: see timm's SwinTransformer.
 
@@ -73,6 +76,8 @@ class LinearSwinTransformer(FoldableReadout, SwinTransformer):
         norm: Choice = "ln",
         norm_eps: float = 1e-5,
         linear_window_size: int | None = None,
+        linear_window_shift: bool = False,
+        sla_kernel_size: int = 5,
         head_dim: int | None = None,
         always_partition: bool = False,
         strict_img_size: bool = True,
@@ -129,6 +134,8 @@ class LinearSwinTransformer(FoldableReadout, SwinTransformer):
                 mlp_ratio=per_stage(mlp_ratio)[index],
                 window_size=windows[index],
                 linear_window_size=linear_window_size,
+                linear_window_shift=linear_window_shift,
+                sla_kernel_size=sla_kernel_size,
                 always_partition=always_partition,
                 dynamic_mask=not strict_img_size,
                 qkv_bias=qkv_bias,
@@ -156,12 +163,14 @@ class LinearSwinTransformer(FoldableReadout, SwinTransformer):
             dim = stage.dim
         stage.depth = len(blocks)
         shift = tuple(side // 2 for side in common["window_size"])
+        linear_shift = common.pop("linear_window_shift")
         stage.blocks = nn.Sequential(
             *[
                 LinearSwinBlock(
                     dim,
                     input_resolution=stage.output_resolution,
                     shift_size=shift if index % 2 else 0,
+                    linear_window_shift=linear_shift and index % 2 == 1,
                     **block,
                     **common,
                 )

@@ -37,6 +37,8 @@ def _resize(name: str, value: Tensor, owner: Any, model: nn.Module) -> Tensor:
         )
     prefix = getattr(owner, "num_prefix_tokens", 0) if leaf == "pos_embed" else 0
     source = _source_grid(value.shape[1] - prefix, model)
+    if hasattr(owner, "resample_positions"):  # has a way of its own
+        return owner.resample_positions(value, source, owner.table_grid)
     return resample_abs_pos_embed(
         value, new_size=list(owner.table_grid), old_size=list(source), num_prefix_tokens=prefix
     )

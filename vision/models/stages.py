@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp, resample_abs_pos_embed, trunc_normal_
+from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models._features_fx import register_notrace_module
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..fold import Foldable, NormSite
 from ..norm import NormFactory
@@ -131,7 +132,7 @@ class HierarchicalStage(nn.Module):
         blocks: the blocks.
         grid: ``(h, w)``, the usual map.
         dim: channels.
-        use_pos_embed: adds a learned table with a row a token, resampled for other maps.
+        use_pos_embed: adds a learned table with a row a token, see `resample_positions` for others.
     """
 
     def __init__(
@@ -159,15 +160,29 @@ class HierarchicalStage(nn.Module):
         if self.pos_embed is not None:
             trunc_normal_(self.pos_embed, std=0.02)
 
-    def _positions(self, table: Tensor, grid: Grid) -> Tensor:
-        if grid == self.table_grid:
+    @staticmethod
+    def resample_positions(table: Tensor, source: Grid, grid: Grid) -> Tensor:
+        """A position table of the grid `source` for another, as PVT's authors do it: bilinearly.
+
+        Without antialiasing, which timm's own resampling has. Wang et al. 2021 (arXiv:2102.12122).
+
+        Args:
+            table: ``(1, h * w, C)``.
+            source: its ``(h, w)``.
+            grid: the new ``(h', w')``.
+
+        Returns:
+            ``(1, h' * w', C)``, interpolated in float32 or float64.
+        """
+        if grid == source:
             return table
-        return resample_abs_pos_embed(
-            table,
-            new_size=list(grid),
-            old_size=list(self.table_grid),
-            num_prefix_tokens=0,
-        )
+        wide = table.to(torch.promote_types(torch.float32, table.dtype))
+        plane = wide.transpose(1, 2).unflatten(2, source)
+        resampled = F.interpolate(plane, size=grid, mode="bilinear")
+        return resampled.flatten(2).transpose(1, 2).to(table.dtype)
+
+    def _positions(self, table: Tensor, grid: Grid) -> Tensor:
+        return self.resample_positions(table, self.table_grid, grid)
 
     def set_input_size(self, grid: Grid) -> None:
         """Makes `grid` the usual map; position tables are resized."""

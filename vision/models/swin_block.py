@@ -12,7 +12,7 @@ from timm.models.swin_transformer import (
 )
 from torch import Tensor
 
-from ..attention import MIXERS
+from ..attention import build_mixer
 from ..fold import FOLDABLE_NORMS, Foldable, NormSite
 
 
@@ -45,6 +45,9 @@ class LinearSwinBlock(Foldable, SwinTransformerBlock):
         input_resolution: ``(h, w)`` of the map.
         kind: ``softmax``, ``sla`` or ``inline``.
         linear_window_size: side of a linear block's windows, None for the whole map.
+        linear_window_shift: rolls the map of a linear block by half a window, if windows do not
+            cover a side of it, without a mask: tokens of opposite edges meet.
+        sla_kernel_size: side of the depthwise convolution of an SLA block, odd.
         kwargs: see timm's SwinTransformerBlock.
 
     Raises:
@@ -64,6 +67,8 @@ class LinearSwinBlock(Foldable, SwinTransformerBlock):
         window_size: int | tuple[int, int] = 7,
         shift_size: int | tuple[int, int] = 0,
         linear_window_size: int | None = None,
+        linear_window_shift: bool = False,
+        sla_kernel_size: int = 5,
         qkv_bias: bool = True,
         proj_drop: float = 0.0,
         attn_drop: float = 0.0,
@@ -88,16 +93,19 @@ class LinearSwinBlock(Foldable, SwinTransformerBlock):
         )
         self.is_linear = is_linear
         self.linear_window_size = linear_window_size
+        self.linear_window_shift = linear_window_shift
         self.register_buffer("padding_qkv", None)
         if is_linear:
             if head_dim is not None and head_dim * num_heads != dim:
                 raise ValueError(
                     f"`head_dim` must be {dim // num_heads} for linear attention, got {head_dim}"
                 )
-            self.attn = MIXERS[kind](
+            self.attn = build_mixer(
+                kind,
                 dim,
                 num_heads,
                 grid=self._linear_window(self.input_resolution),
+                sla_kernel_size=sla_kernel_size,
                 qkv_bias=qkv_bias,
                 proj_drop=proj_drop,
                 **dd,
@@ -174,9 +182,14 @@ class LinearSwinBlock(Foldable, SwinTransformerBlock):
             window = self._linear_window((height, width))
             if window == (height, width):
                 return self.attn(x.flatten(1, 2), window).unflatten(1, (height, width))
+            is_shifted = self.linear_window_shift and window[0] < height and window[1] < width
+            shift = (window[0] // 2, window[1] // 2)
+            if is_shifted:
+                x = torch.roll(x, (-shift[0], -shift[1]), (1, 2))
             tokens = window_partition(x, window).reshape(-1, window[0] * window[1], channels)
             out = self.attn(tokens, window).reshape(-1, *window, channels)
-            return window_reverse(out, window, height, width)
+            out = window_reverse(out, window, height, width)
+            return torch.roll(out, shift, (1, 2)) if is_shifted else out
         is_padded = height % self.window_size[0] or width % self.window_size[1]
         if self.padding_qkv is None or not is_padded:
             return super()._attn(x)
