@@ -1,6 +1,7 @@
 """Whether a module may be computed without being called."""
 
 from torch import nn
+from torch.nn.modules import module as every_module
 
 
 def is_unhooked(module: nn.Module) -> bool:
@@ -8,6 +9,8 @@ def is_unhooked(module: nn.Module) -> bool:
     return (
         not module._forward_hooks
         and not module._forward_pre_hooks
+        and not every_module._global_forward_hooks
+        and not every_module._global_forward_pre_hooks
         and "forward" not in module.__dict__  # where accelerate puts its hooks
     )
 

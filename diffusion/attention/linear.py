@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from lintra.kernels import linear_attention, token_conv2d
 from lintra.kernels.linear_attention.reference import FEATURE_MAPS
 
+from ..untouched import is_unhooked
+
 
 class LiTAttnProcessor:
     """Computes `LiTAttention`; holds no state, so one instance may serve every layer."""
@@ -47,8 +49,10 @@ class LiTAttnProcessor:
             if grid is None:
                 raise ValueError("`grid` must be (height, width) in tokens, got None")
             out = attn.dwc(value, grid=grid, residual=out)
-        out = attn.to_out[0](out)
-        return attn.to_out[1](out) if attn.training else out
+        out, dropout = attn.to_out[0](out), attn.to_out[1]
+        if type(dropout) is nn.Dropout and not dropout.training and is_unhooked(dropout):
+            return out  # what calling it would give, later
+        return dropout(out)
 
 
 class ValueConv2d(nn.Conv2d):

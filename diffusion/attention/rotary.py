@@ -76,6 +76,8 @@ def _fuses(query: Tensor, key: Tensor, norm_query: Any, norm_key: Any) -> bool:
         return False
     if norm_query.eps is None or norm_query.eps != norm_key.eps:
         return False
+    if not norm_query.weight.ndim == norm_key.weight.ndim == 1:  # not over heads and channels
+        return False
     tensors = (query, key, norm_query.weight, norm_key.weight)
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.models.transformers import transformer_flux
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..untouched import is_unhooked, is_untouched
 from .fused_gelu import fuse_gelu, fuses_gelu, linear_gelu
@@ -22,16 +24,18 @@ def _on_gpu(tokens: Tensor) -> bool:
     return tokens.is_cuda
 
 
-def _fuses(tokens: Tensor, *norms: nn.Module) -> bool:
-    """Whether the modules around attention may be computed together.
+def _fuses(tensors: tuple[Tensor, ...], kind: type[nn.Module], *norms: nn.Module) -> bool:
+    """Whether the modules around attention may be computed together; `norms` are of this `kind`.
 
     torch.compile fuses the stock form itself; in training the gradients have their own passes.
+    Where dtypes differ the stock form lets the widest win.
     """
     return (
-        _on_gpu(tokens)
+        _on_gpu(tensors[0])
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and all(map(is_unhooked, norms))
+        and all(x.dtype == tensors[0].dtype for x in tensors)
+        and all(type(norm) is kind and is_unhooked(norm) for norm in norms)
     )
 
 
@@ -62,13 +66,13 @@ class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Text and image tokens after the block; arguments as in diffusers."""
-        norms = (self.norm1, self.norm1_context)
-        if not _fuses(hidden_states, *norms, self.norm2, self.norm2_context):
+        norms, tensors = (self.norm1, self.norm1_context), (hidden_states, encoder_hidden_states)
+        if not _fuses((*tensors, temb), AdaLayerNormZero, *norms):
             return super().forward(
                 hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
             )
         image, text = (norm.linear(norm.silu(temb)).chunk(6, dim=1) for norm in norms)
-        attended, text_attended = self.attn(
+        attended, text_attended, *further = self.attn(
             hidden_states=modulated(self.norm1.norm, hidden_states, image[1], image[0]),
             encoder_hidden_states=modulated(
                 self.norm1_context.norm, encoder_hidden_states, text[1], text[0]
@@ -77,6 +81,8 @@ class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):
             **(joint_attention_kwargs or {}),
         )
         hidden_states = _feed_forward(self.norm2, self.ff, hidden_states, attended, *image[2:])
+        for update in further:
+            hidden_states = hidden_states + update
         encoder_hidden_states = _feed_forward(
             self.norm2_context, self.ff_context, encoder_hidden_states, text_attended, *text[2:]
         )
@@ -109,7 +115,7 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
     ) -> tuple[Tensor, Tensor]:
         """Text and image tokens after the block; arguments as in diffusers."""
         norm = self.norm
-        if not _fuses(hidden_states, norm):
+        if not _fuses((hidden_states, encoder_hidden_states, temb), AdaLayerNormZeroSingle, norm):
             return super().forward(
                 hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
             )
@@ -122,7 +128,7 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
             image_rotary_emb=image_rotary_emb,
             **(joint_attention_kwargs or {}),
         )
-        if is_unhooked(self.act_mlp) and fuses_gelu(self.proj_mlp, tokens):
+        if _is_tanh_gelu(self.act_mlp) and fuses_gelu(self.proj_mlp, tokens):
             mlp = linear_gelu(self.proj_mlp, tokens)
         else:
             mlp = self.act_mlp(self.proj_mlp(tokens))
@@ -140,11 +146,16 @@ def _feed_forward(
     return torch.addcmul(tokens, gate_ff.unsqueeze(1), layer(normed))
 
 
+def _is_tanh_gelu(module: Any) -> bool:
+    return type(module) is nn.GELU and module.approximate == "tanh" and is_unhooked(module)
+
+
 def _project_both(linear: Any, first: Tensor, second: Tensor) -> Tensor:
     """`linear` of both side by side, ``(B, N, C)`` and ``(B, N, E)``."""
     is_plain = is_untouched(linear, nn.Linear) and linear.bias is not None
     if (
         not is_plain
+        or is_in_torch_dispatch_mode()  # FlopCounterMode does not know a product in place
         or torch.is_autocast_enabled(first.device.type)
         or not linear.weight.dtype == linear.bias.dtype == first.dtype == second.dtype
     ):

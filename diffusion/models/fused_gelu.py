@@ -92,7 +92,7 @@ class FusedGELU(GELU):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``(..., C)`` to ``(..., E)``."""
-        if fuses_gelu(self.proj, hidden_states):
+        if self.approximate == "tanh" and fuses_gelu(self.proj, hidden_states):
             return linear_gelu(self.proj, hidden_states)
         return super().forward(hidden_states)
 

@@ -4,10 +4,15 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from diffusers.models.transformers import transformer_flux
 from peft import LoraConfig
+from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
 
+from lintra.diffusion.attention import rotary
 from lintra.diffusion.models import flux_blocks, fused_gelu
 from tiny_clear import clear_inputs, tiny_clear, tiny_stock
 
@@ -41,7 +46,7 @@ def calls(monkeypatch):
     def fused(bias, tokens, weight, *, use_gelu):
         return F.gelu(torch.addmm(bias, tokens, weight), approximate="tanh")
 
-    for module in (flux_blocks, fused_gelu):
+    for module in (flux_blocks, fused_gelu, rotary):
         monkeypatch.setattr(module, "_on_gpu", lambda _: True)
     monkeypatch.setattr(fused_gelu, "_FUSED", fused)
     monkeypatch.setattr(fused_gelu, "_DTYPES", (torch.float32, torch.bfloat16))
@@ -52,8 +57,8 @@ def calls(monkeypatch):
 
 def stock_form(model, inputs, monkeypatch, autocast=False):
     with monkeypatch.context() as patch, torch.no_grad(), torch.autocast("cpu", enabled=autocast):
-        patch.setattr(flux_blocks, "_on_gpu", lambda _: False)
-        patch.setattr(fused_gelu, "_on_gpu", lambda _: False)
+        for module in (flux_blocks, fused_gelu, rotary):
+            patch.setattr(module, "_on_gpu", lambda _: False)
         return model(**inputs).sample
 
 
@@ -132,6 +137,127 @@ def test_a_second_norm_with_weights_is_called(model, calls, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).sample, expected)
     assert "_feed_forward" in calls
+
+
+# Modules of blocks that may be computed together and not called.
+NAMES = {
+    "transformer_blocks.0.": (
+        "norm1", "norm1.norm", "norm1_context.norm", "norm1.silu", "norm2", "norm2_context",
+        "attn.norm_q", "attn.norm_added_k", "ff.net.0", "ff.net.0.proj",
+    ),
+    "single_transformer_blocks.1.": ("norm", "norm.norm", "act_mlp", "proj_mlp", "proj_out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [head + tail for head in NAMES for tail in NAMES[head]])
+def test_a_hook_on_any_module_is_heard(model, calls, monkeypatch, name):
+    seen = []
+
+    def hook(_, given, out):
+        seen.append(given[0])
+        tokens, *others = out if isinstance(out, tuple) else (out,)
+        return (1.1 * tokens, *others) if others else 1.1 * tokens
+
+    model.get_submodule(name).register_forward_hook(hook)
+    inputs = clear_inputs("flux", GRID)
+    expected = stock_form(model, inputs, monkeypatch)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).sample, expected, atol=1e-5, rtol=1e-5)
+    theirs, ours = seen
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert "_feed_forward" in calls  # in the other blocks
+
+
+def test_a_hook_on_all_modules_is_heard(model, calls, monkeypatch):
+    inputs, seen = clear_inputs("flux", GRID), []
+    handle = register_module_forward_pre_hook(lambda module, _: seen.append(module))
+    try:
+        expected = stock_form(model, inputs, monkeypatch)
+        theirs, seen[:] = list(seen), []
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).sample, expected)
+    finally:
+        handle.remove()
+    assert seen == theirs
+
+
+def _other_norm(kind):
+    def forward(self, *args, **kwargs):
+        tokens, *gates = kind.forward(self, *args, **kwargs)
+        return 2 * tokens, *gates
+
+    return type("Other", (kind,), {"forward": forward})(32).requires_grad_(False)
+
+
+class Wrapped(nn.Module):
+    """Another class, without the attributes of what it stands for."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "kind", ["silu", "erf", "norm1", "norm", "wrapped", "width", "heads", "third_output"]
+)
+def test_another_module_is_called(model, calls, monkeypatch, kind):
+    for block in model.single_transformer_blocks:
+        if kind in ("silu", "erf"):
+            block.act_mlp = nn.SiLU() if kind == "silu" else nn.GELU()
+        elif kind == "norm":
+            block.norm = _other_norm(AdaLayerNormZeroSingle)
+        elif kind == "wrapped":
+            block.norm = Wrapped(block.norm)
+    for block in model.transformer_blocks:
+        if kind == "norm1":
+            block.norm1 = _other_norm(AdaLayerNormZero)
+        elif kind == "wrapped":
+            block.norm1 = Wrapped(block.norm1)
+        elif kind == "width":
+            block.norm2 = nn.LayerNorm((12, 32), elementwise_affine=False)
+        elif kind == "heads":
+            block.attn.norm_q = nn.RMSNorm((2, 16), eps=1e-6)
+        elif kind == "third_output":  # what an IP-Adapter adds
+            block.attn.register_forward_hook(lambda _, __, out: (*out, 0.5 * out[0]))
+    inputs = clear_inputs("flux", GRID)
+    expected = stock_form(model, inputs, monkeypatch)
+    with torch.no_grad():
+        out = model(**inputs).sample
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert ("_project_both" in calls) == (kind not in ("norm", "wrapped"))
+
+
+def test_one_condition_for_a_batch(model, calls, monkeypatch):
+    inputs = clear_inputs("flux", GRID)
+    for name in ("timestep", "guidance", "pooled_projections"):
+        inputs[name] = inputs[name][:1]
+    expected = stock_form(model, inputs, monkeypatch)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).sample, expected, atol=1e-5, rtol=1e-5)
+    assert "_feed_forward" in calls
+
+
+def test_the_widest_dtype_wins(model, calls, monkeypatch):
+    tokens, condition = torch.randn(2, 12, 32).bfloat16(), torch.randn(2, 32)
+    for block in (model.transformer_blocks[0], model.single_transformer_blocks[0]):
+        arguments = (tokens, tokens[:, :5], condition, None, {"spatial_shape": GRID, "radius": 2})
+        with torch.no_grad():
+            out = block(*arguments)
+        assert [x.dtype for x in out] == [torch.float32] * 2
+        for ours, theirs in zip(out, block(*arguments), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_operations_are_counted(model, calls, monkeypatch):
+    inputs, counted = clear_inputs("flux", GRID), []
+    for run in (lambda: stock_form(model, inputs, monkeypatch), lambda: model(**inputs)):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            run()
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
 
 
 def test_half_precision_is_clipped(monkeypatch):

@@ -61,6 +61,11 @@ def test_what_only_two_calls_can_do(module, monkeypatch):
     torch.testing.assert_close(compiled(tokens), module(tokens))
     assert_same(module.float(), 0, torch.randn(2, 8))
     module.bfloat16()
+    module.approximate, fused.calls = "none", 0
+    tokens = torch.randn(2, 3, 8, dtype=torch.bfloat16)
+    assert torch.equal(module(tokens), F.gelu(module.proj(tokens)))
+    assert not fused.calls
+    module.approximate = "tanh"
     monkeypatch.setattr(fused_gelu, "_FUSED", None)
     assert_same(module, 0)
 

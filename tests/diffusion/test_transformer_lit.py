@@ -264,6 +264,38 @@ def test_hooks_on_modules_reach_every_weight(lit):
     torch.testing.assert_close(offloaded(**inputs()).sample, exact)
 
 
+@pytest.mark.parametrize(
+    "name", ["transformer_blocks.1.norm1.norm", "transformer_blocks.1.norm3", "norm_out"]
+)
+@torch.no_grad()
+def test_a_hook_on_a_norm_is_heard(lit, name):
+    hooked = tiny_lit(num_linear_heads=2)
+    hooked.get_submodule(name).register_forward_hook(lambda _, __, out: 0 * out)
+    assert not torch.allclose(hooked(**inputs()).sample, lit(**inputs()).sample)
+
+
+@torch.no_grad()
+def test_the_dropout_is_called_where_it_may_do_something(lit):
+    exact, model, seen = lit(**inputs()).sample, tiny_lit(num_linear_heads=2), []
+    layers = model.transformer_blocks[0].attn1.to_out
+    handle = layers[1].register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(model(**inputs()).sample, exact)
+    assert seen
+    handle.remove()
+    layers[1].train().p = 0.9  # in a model in evaluation
+    assert not torch.allclose(model(**inputs()).sample, exact)
+    layers[1] = torch.nn.Tanh()
+    assert not torch.allclose(model(**inputs()).sample, exact)
+
+
+@torch.no_grad()
+def test_one_condition_for_a_batch(lit):
+    given = inputs()
+    given |= {name: given[name][:1] for name in ("timestep", "class_labels")}
+    expanded = {name: x.expand(2) if x.ndim == 1 else x for name, x in given.items()}
+    torch.testing.assert_close(lit(**given).sample, lit(**expanded).sample)
+
+
 @torch.no_grad()
 def test_caches_and_skips_of_diffusers_know_its_blocks(lit):
     exact, other = lit(**inputs()).sample, inputs()
