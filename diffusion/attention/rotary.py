@@ -9,12 +9,10 @@ from torch import Tensor, nn
 
 from lintra.kernels import rotary_rms_norm
 
-from ..untouched import is_untouched
+from ..untouched import is_untouched, on_gpu
 
 # diffusers' form everywhere else: other devices lack parts of complex arithmetic.
 _COMPLEX_DEVICES = ("cpu", "cuda")
-
-
 # Query and key (B, N, H, D), and the norm of each over the channels of a head, None for none.
 Part = tuple[Tensor, Tensor, Any, Any]
 
@@ -64,13 +62,9 @@ def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return query, key
 
 
-def _on_gpu(tokens: Tensor) -> bool:
-    return tokens.is_cuda
-
-
 def _fuses(query: Tensor, key: Tensor, norm_query: Any, norm_key: Any) -> bool:
     """Whether `rotary_rms_norm` has a kernel for this, which takes no gradient."""
-    if not _on_gpu(query) or torch.compiler.is_compiling():
+    if not on_gpu(query) or torch.compiler.is_compiling():
         return False
     if not (is_untouched(norm_query, nn.RMSNorm) and is_untouched(norm_key, nn.RMSNorm)):
         return False

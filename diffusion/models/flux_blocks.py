@@ -13,15 +13,11 @@ from diffusers.models.transformers import transformer_flux
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from ..untouched import is_unhooked, is_untouched
+from ..untouched import is_unhooked, is_untouched, on_gpu
 from .fused_gelu import fuse_gelu, fuses_gelu, linear_gelu
 from .modulation import gated_modulated, modulated
 
 _HALF_MAX = 65504
-
-
-def _on_gpu(tokens: Tensor) -> bool:
-    return tokens.is_cuda
 
 
 def _fuses(tensors: tuple[Tensor, ...], kind: type[nn.Module], *norms: nn.Module) -> bool:
@@ -31,7 +27,7 @@ def _fuses(tensors: tuple[Tensor, ...], kind: type[nn.Module], *norms: nn.Module
     Where dtypes differ the stock form lets the widest win.
     """
     return (
-        _on_gpu(tensors[0])
+        on_gpu(tensors[0])
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and all(x.dtype == tensors[0].dtype for x in tensors)

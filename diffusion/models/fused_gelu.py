@@ -8,7 +8,7 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from ..untouched import is_untouched
+from ..untouched import is_untouched, on_gpu
 
 # PyTorch's way to cuBLAS's epilogue; no part of its public interface, so that it may be gone.
 _FUSED: Any = getattr(torch, "_addmm_activation", None)
@@ -36,17 +36,13 @@ torch.library.impl(_OPERATOR, "cuda", _linear_gelu)
 torch.library.register_fake(_OPERATOR, _linear_gelu_shape)
 
 
-def _on_gpu(tokens: Tensor) -> bool:
-    return tokens.is_cuda
-
-
 def fuses_gelu(linear: nn.Module, tokens: Tensor) -> bool:
     """Whether `linear_gelu` may stand for calling the two modules.
 
     In training, under autocast and dispatch modes (FlopCounterMode), and where the linear map has
     an adapter or hooks, it may not.
     """
-    if _FUSED is None or not _on_gpu(tokens):
+    if _FUSED is None or not on_gpu(tokens):
         return False
     if tokens.dtype not in _DTYPES or not is_untouched(linear, nn.Linear):
         return False

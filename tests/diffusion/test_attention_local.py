@@ -113,7 +113,7 @@ def launches(monkeypatch):
         calls.append(args)
         return rotary_rms_norm(*args, **kwargs)
 
-    monkeypatch.setattr(rotary, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(rotary, "on_gpu", lambda _: True)
     monkeypatch.setattr(rotary, "rotary_rms_norm", operation)
     return calls
 

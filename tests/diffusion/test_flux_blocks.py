@@ -47,7 +47,7 @@ def calls(monkeypatch):
         return F.gelu(torch.addmm(bias, tokens, weight), approximate="tanh")
 
     for module in (flux_blocks, fused_gelu, rotary):
-        monkeypatch.setattr(module, "_on_gpu", lambda _: True)
+        monkeypatch.setattr(module, "on_gpu", lambda _: True)
     monkeypatch.setattr(fused_gelu, "_FUSED", fused)
     monkeypatch.setattr(fused_gelu, "_DTYPES", (torch.float32, torch.bfloat16))
     for name in ("_feed_forward", "_project_both", "linear_gelu"):
@@ -58,7 +58,7 @@ def calls(monkeypatch):
 def stock_form(model, inputs, monkeypatch, autocast=False):
     with monkeypatch.context() as patch, torch.no_grad(), torch.autocast("cpu", enabled=autocast):
         for module in (flux_blocks, fused_gelu, rotary):
-            patch.setattr(module, "_on_gpu", lambda _: False)
+            patch.setattr(module, "on_gpu", lambda _: False)
         return model(**inputs).sample
 
 
@@ -261,7 +261,7 @@ def test_operations_are_counted(model, calls, monkeypatch):
 
 
 def test_half_precision_is_clipped(monkeypatch):
-    monkeypatch.setattr(flux_blocks, "_on_gpu", lambda _: True)
+    monkeypatch.setattr(flux_blocks, "on_gpu", lambda _: True)
     tokens = torch.tensor([[[-1e9, 1e9, 1.0]]])
     assert flux_blocks._clipped(tokens.half()).tolist() == [[[-65504, 65504, 1]]]
     assert flux_blocks._clipped(tokens) is tokens

@@ -24,7 +24,7 @@ def fused(bias, tokens, weight, *, use_gelu):
 @pytest.fixture
 def module(monkeypatch):
     """A `FusedGELU` in evaluation that takes this device for a GPU."""
-    monkeypatch.setattr(fused_gelu, "_on_gpu", lambda tokens: True)
+    monkeypatch.setattr(fused_gelu, "on_gpu", lambda tokens: True)
     monkeypatch.setattr(fused_gelu, "_FUSED", fused)
     fused.calls = 0
     return FusedGELU(GELU(8, 32, approximate="tanh")).bfloat16().requires_grad_(False)
