@@ -6,7 +6,7 @@ if __name__ == "kernels":
     # says "not here"; loading the operations a second time would register them twice.
     __version__ = "0"
 else:
-    from .ada_layer_norm import ada_layer_norm, gated_ada_layer_norm
+    from .ada_layer_norm import ada_layer_norm, gated_ada_layer_norm, gated_add
     from .grouped_mlp import grouped_mlp
     from .layer_norm import layer_norm
     from .linear_attention import linear_attention
@@ -17,6 +17,7 @@ else:
     __all__ = [
         "ada_layer_norm",
         "gated_ada_layer_norm",
+        "gated_add",
         "grouped_mlp",
         "layer_norm",
         "linear_attention",

@@ -1,4 +1,4 @@
-"""Signatures, checks and choice of implementation of adaptive layer normalisation."""
+"""Signatures, checks and choice of implementation of adaptive norms and gated sums."""
 
 import torch
 from torch import Tensor
@@ -7,41 +7,51 @@ from .._common.checks import IMPLEMENTATIONS, check_choice, check_shape, check_t
 from .._common.launch import takes_kernel, why_no_kernel
 from .._common.operators import needs_gradient
 from .._common.plans import Memo, Plans
-from .configs import MAX_CHANNELS
-from .ops import ada_layer_norm_triton, gated_ada_layer_norm_triton
-from .reference import ada_layer_norm_reference, gated_ada_layer_norm_reference
+from . import configs
+from .ops import ada_layer_norm_triton, gated_ada_layer_norm_triton, gated_add_triton
+from .reference import (
+    ada_layer_norm_reference,
+    gated_ada_layer_norm_reference,
+    gated_add_reference,
+)
+
+_TOKENS = ("x", "update")  # (B, N, C); the others are parameters, (B, C)
+_ARGUMENTS = {
+    "ada_layer_norm": ("x", "scale", "shift"),
+    "gated_ada_layer_norm": ("x", "update", "gate", "scale", "shift"),
+    "gated_add": ("x", "update", "gate"),
+}
 
 
-def why_not_triton(x: Tensor) -> str | None:
-    """The reason why `impl="triton"` cannot run on such a tensor, None if it can."""
+def why_not_triton(name: str, x: Tensor) -> str | None:
+    """The reason why `impl="triton"` of the call `name` cannot run on `x`, None if it can."""
     reason = why_no_kernel(x)
-    if reason is None and not 1 <= x.shape[-1] <= MAX_CHANNELS:
-        reason = f"its kernel takes 1 to {MAX_CHANNELS} channels, got {x.shape[-1]}"
+    if reason is None and name != "gated_add" and not 1 <= x.shape[-1] <= configs.MAX_CHANNELS:
+        reason = f"its kernel takes 1 to {configs.MAX_CHANNELS} channels, got {x.shape[-1]}"
     return reason
 
 
-def _checked(tensors: tuple[Tensor, ...], eps: float, impl: str) -> tuple[str | None, Memo]:
+def _checked(
+    tensors: tuple[Tensor, ...], name: str, eps: float | None, impl: str
+) -> tuple[str | None, Memo]:
     """Raises what the arguments deserve; why the kernel cannot run, None if it can."""
     check_choice("impl", impl, IMPLEMENTATIONS)
-    x, scale, shift, *gated = tensors
+    x = tensors[0]
     check_tensor("x", x, "(B, N, C)")
-    parameters = {"scale": scale, "shift": shift}
-    if gated:
-        update, parameters["gate"] = gated
-        check_tensor("update", update, "(B, N, C)", like=x, any_dtype=True)
-        check_shape("update", update, x.shape, "(B, N, C)")
-    for name, parameter in parameters.items():
-        check_tensor(name, parameter, "(B, C)", like=x, any_dtype=True)
-        check_shape(name, parameter, (x.shape[0], x.shape[2]), "(B, C)")
-    return why_not_triton(x), Memo()
+    for argument, tensor in zip(_ARGUMENTS[name], tensors, strict=True):
+        layout = "(B, N, C)" if argument in _TOKENS else "(B, C)"
+        check_tensor(argument, tensor, layout, like=x, any_dtype=True)
+        expected = x.shape if argument in _TOKENS else (x.shape[0], x.shape[2])
+        check_shape(argument, tensor, expected, layout)
+    return why_not_triton(name, x), Memo()
 
 
 _CALLS = Plans(_checked)
 
 
-def _chosen(name: str, eps: float, impl: str, tensors: tuple[Tensor, ...]) -> tuple[bool, Memo]:
+def _chosen(name: str, eps: float | None, impl: str, *tensors: Tensor) -> tuple[bool, Memo]:
     """Whether the call `name` goes to the kernel, and the memo of its launch."""
-    reason, memo = _CALLS(tensors, eps, impl)
+    reason, memo = _CALLS(tensors, name, eps, impl)
     if needs_gradient(*tensors):
         reason = "its kernel has no gradient"
     if impl == "triton" and reason is not None:
@@ -76,7 +86,7 @@ def ada_layer_norm(
         TypeError: dtypes that are not floating point.
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
-    kernel, memo = _chosen("ada_layer_norm", eps, impl, (x, scale, shift))
+    kernel, memo = _chosen("ada_layer_norm", eps, impl, x, scale, shift)
     if kernel:
         return ada_layer_norm_triton(x, scale, shift, eps, memo)
     return ada_layer_norm_reference(x, scale, shift, eps)
@@ -108,7 +118,37 @@ def gated_ada_layer_norm(
         TypeError: dtypes that are not floating point.
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
-    kernel, memo = _chosen("gated_ada_layer_norm", eps, impl, (x, scale, shift, update, gate))
+    kernel, memo = _chosen("gated_ada_layer_norm", eps, impl, x, update, gate, scale, shift)
     if kernel:
         return gated_ada_layer_norm_triton(x, update, gate, scale, shift, eps, memo)
     return gated_ada_layer_norm_reference(x, update, gate, scale, shift, eps)
+
+
+def gated_add(x: Tensor, update: Tensor, gate: Tensor, *, impl: str = "auto") -> Tensor:
+    """``h = x + gate * update``: one branch of adaLN-Zero added to its tokens.
+
+    The gated sum of DiT (Peebles and Xie 2023, arXiv:2212.09748, adaLN-Zero), with one gate for all
+    tokens of a sample. Where `ada_layer_norm` follows, `gated_ada_layer_norm` is both in one pass.
+
+    Args:
+        x: ``(B, N, C)``, any floating dtype; copied unless contiguous.
+        update: ``(B, N, C)``, any floating dtype; copied unless contiguous.
+        gate: ``(B, C)``, any floating dtype; a view, as of one of six chunks, is read in place.
+        impl: ``auto``, ``reference`` (PyTorch) or ``triton``. ``auto`` takes the Triton kernel on
+            CUDA for float16, bfloat16 and float32, from 16 million elements of `x`, below which its
+            launch costs the host more than it saves, where no gradient is asked for; not while
+            torch.compile traces, which fuses the reference with its neighbours.
+
+    Returns:
+        ``(B, N, C)`` in ``x.dtype``, float32 inside (float64 for float64 inputs), also under
+        autocast, and rounded once, as is `torch.addcmul` of one dtype.
+
+    Raises:
+        ValueError: shapes or devices disagree, an unknown `impl`.
+        TypeError: dtypes that are not floating point.
+        NotImplementedError: ``impl="triton"`` cannot run here.
+    """
+    kernel, memo = _chosen("gated_add", None, impl, x, update, gate)
+    if kernel and (impl == "triton" or x.numel() >= configs.GATED_ADD_MIN_ELEMENTS):
+        return gated_add_triton(x, update, gate, memo)
+    return gated_add_reference(x, update, gate)

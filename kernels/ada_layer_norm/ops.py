@@ -1,5 +1,7 @@
-"""Adaptive layer normalisation as PyTorch operators, without a gradient; triton comes when they
-run."""
+"""Adaptive layer normalisation and gated sums as PyTorch operators, without a gradient.
+
+Triton comes when they run.
+"""
 
 from torch import Tensor
 
@@ -17,6 +19,10 @@ def _gated_fwd_shapes(
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
+def _add_shapes(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 _FWD = register(
     "ada_layer_norm_fwd",
     "(Tensor x, Tensor scale, Tensor shift, float eps) -> Tensor",
@@ -29,6 +35,12 @@ _GATED_FWD = register(
     " -> (Tensor, Tensor)",
     f"{__package__}.triton_fwd:gated_ada_layer_norm_fwd",
     _gated_fwd_shapes,
+)
+_ADD_FWD = register(
+    "gated_add_fwd",
+    "(Tensor x, Tensor update, Tensor gate) -> Tensor",
+    f"{__package__}.triton_fwd:gated_add_fwd",
+    _add_shapes,
 )
 
 
@@ -45,3 +57,8 @@ def gated_ada_layer_norm_triton(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operation of `api.gated_ada_layer_norm` by the Triton kernel."""
     return _GATED_FWD(x, update, gate, scale, shift, float(eps), memo=memo)
+
+
+def gated_add_triton(x: Tensor, update: Tensor, gate: Tensor, memo: Memo | None = None) -> Tensor:
+    """The operation of `api.gated_add` by the Triton kernel."""
+    return _ADD_FWD(x, update, gate, memo=memo)

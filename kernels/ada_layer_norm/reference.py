@@ -20,11 +20,15 @@ def gated_ada_layer_norm_reference(
     x: Tensor, update: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """The operation of `api.gated_ada_layer_norm`."""
+    h = gated_add_reference(x, update, gate)
+    return h, ada_layer_norm_reference(h, scale, shift, eps)
+
+
+def gated_add_reference(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """The operation of `api.gated_add`."""
     gate = gate.unsqueeze(1)
     with no_autocast(x.device.type):
         if x.dtype == update.dtype == gate.dtype:
-            h = torch.addcmul(x, gate, update)  # float32 inside, and a gradient keeps no more
-        else:
-            dtype = accumulation_dtype(x.dtype)
-            h = torch.addcmul(x.to(dtype), gate.to(dtype), update.to(dtype)).to(x.dtype)
-    return h, ada_layer_norm_reference(h, scale, shift, eps)
+            return torch.addcmul(x, gate, update)  # float32 inside, and a gradient keeps no more
+        dtype = accumulation_dtype(x.dtype)
+        return torch.addcmul(x.to(dtype), gate.to(dtype), update.to(dtype)).to(x.dtype)

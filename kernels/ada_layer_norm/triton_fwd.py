@@ -1,4 +1,9 @@
-"""Adaptive layer normalisation: a program takes some tokens of one sample and reads each once."""
+"""Adaptive layer normalisation: a program takes some tokens of one sample and reads each once.
+
+Also a gated sum alone, whose programs need not hold whole tokens.
+"""
+
+from math import gcd
 
 import triton
 import triton.language as tl
@@ -14,7 +19,7 @@ from .._common.launch import (
     unit_last,
 )
 from .._common.plans import Memo, Plans
-from .configs import launch_of
+from .configs import launch_of, sum_launch
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "gate_s", "scale_s", "shift_s", "eps"])
@@ -107,3 +112,56 @@ def gated_ada_layer_norm_fwd(
     with device_guard(x):
         call(x.contiguous(), update.contiguous(), gate, scale, shift, h, y)
     return h, y
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks", "gate_s"])
+def _gated_add_fwd_kernel(
+    p_x, p_update, p_gate, p_h, tokens, blocks, gate_s,
+    C: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """h = x + gate update. Grid (samples * blocks of BLOCK elements, whichever tokens they are)."""
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    # A product with C, a constant: the compiler sees how far it is aligned.
+    size = tokens.to(tl.int64) * C
+    o_e = tl.arange(0, BLOCK)
+    mask = o_e < size - first
+    start = batch * size + first
+    # It does not see that channels follow each other, RUN of them at least, which divides C.
+    o_c = ((first % C).to(tl.int32) + o_e) % C
+    o_c = tl.max_contiguous(tl.multiple_of(o_c, RUN), RUN)
+    x = tl.load(p_x + start + o_e, mask=mask, other=0.0)
+    update = tl.load(p_update + start + o_e, mask=mask, other=0.0)
+    gate = tl.load(p_gate + batch * gate_s * VECTOR + o_c)
+    h = x.to(tl.float32) + gate.to(tl.float32) * update.to(tl.float32)
+    tl.store(p_h + start + o_e, h.to(p_h.dtype.element_ty), mask=mask)
+
+
+def _add_plan(tensors: tuple[Tensor, Tensor, Tensor]) -> KernelCall:
+    x, _, gate = tensors
+    batch, tokens, channels = x.shape
+    launch = sum_launch()
+    blocks = ceil_div(tokens * channels, launch.elements)
+    gate = unit_last(gate)
+    vector = common_vector(gate)
+    numbers = (tokens, blocks, *strides_in_vectors(vector, gate))
+    constants = {
+        "C": channels, "BLOCK": launch.elements, "RUN": gcd(16, channels, launch.elements),
+        "VECTOR": vector, "num_warps": launch.warps,
+    }  # fmt: skip
+    return KernelCall(_gated_add_fwd_kernel, (batch * blocks,), numbers, constants)
+
+
+_ADD_PLANS = Plans(_add_plan)
+
+
+def gated_add_fwd(x: Tensor, update: Tensor, gate: Tensor, *, memo: Memo | None = None) -> Tensor:
+    """The operation of `api.gated_add` on tensors that `api` has checked."""
+    h = empty(*x.shape, like=x)
+    if x.numel() == 0:
+        return h
+    call = _ADD_PLANS((x, update, gate), memo=memo)
+    x, update, gate = x.contiguous(), update.contiguous(), unit_last(gate)
+    with device_guard(x):
+        call(x, update, gate, h)
+    return h

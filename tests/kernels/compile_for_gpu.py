@@ -18,6 +18,7 @@ from lintra.kernels._common.pinning import pinned
 from lintra.kernels.ada_layer_norm.triton_fwd import (
     ada_layer_norm_fwd,
     gated_ada_layer_norm_fwd,
+    gated_add_fwd,
 )
 from lintra.kernels.grouped_mlp.triton_fwd import grouped_mlp_fwd
 from lintra.kernels.layer_norm.triton_fwd import layer_norm_fwd
@@ -99,6 +100,7 @@ def adaptive(channels: int, dtype: torch.dtype) -> None:
     gate, scale, shift = torch.empty(2, 3 * channels, dtype=dtype).chunk(3, dim=1)
     ada_layer_norm_fwd(x, scale, shift, 1e-6)
     gated_ada_layer_norm_fwd(x, update, gate, scale, shift, 1e-6)
+    gated_add_fwd(x, update, gate)
 
 
 def rotary(dim: int, dtype: torch.dtype) -> None:

@@ -1,16 +1,17 @@
-"""Adaptive layer normalisation: the textbook form, the Triton kernel against it, the contract."""
+"""Adaptive norms and gated sums: the textbook form, the Triton kernel against it, the contract."""
 
 import pytest
 import torch
 
 from kernel_checks import DEVICE, on_gpu_or_interpreted, poisoned
-from lintra.kernels import ada_layer_norm, gated_ada_layer_norm
+from lintra.kernels import ada_layer_norm, gated_ada_layer_norm, gated_add
 from lintra.kernels._common.pinning import pinned
-from lintra.kernels.ada_layer_norm.configs import Launch, launch_of
+from lintra.kernels.ada_layer_norm.configs import Launch, SumLaunch, launch_of
 
 __all__ = ["poisoned"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 both = pytest.mark.parametrize("function", [ada_layer_norm, gated_ada_layer_norm])
+every = pytest.mark.parametrize("function", [ada_layer_norm, gated_ada_layer_norm, gated_add])
 # (B, N, C): one token and one channel, a power of two or not, a program that is not full.
 SHAPES = [(1, 1, 1), (3, 1, 2), (2, 3, 5), (2, 19, 48), (1, 9, 24), (2, 5, 300), (1, 3, 1152)]
 
@@ -20,7 +21,12 @@ def inputs_of(function, batch, tokens, channels, dtype=torch.float32, parameters
     x, update = (3 * torch.randn(2, batch, tokens, channels) + 2).to(DEVICE, dtype)
     whole = torch.randn(batch, 6 * channels).to(DEVICE, parameters or dtype)
     gate, scale, shift = whole.chunk(6, dim=-1)[1:4]
-    return (x, scale, shift) if function is ada_layer_norm else (x, update, gate, scale, shift)
+    gated, norm = (update, gate), (scale, shift)
+    return (
+        x,
+        *(() if function is ada_layer_norm else gated),
+        *(() if function is gated_add else norm),
+    )
 
 
 def textbook(x, scale, shift, eps=1e-6):
@@ -40,17 +46,20 @@ def assert_rounded_once(out, exact, like):
 
 
 def assert_close_to_textbook(function, inputs, **options):
-    x, *gated, scale, shift = inputs
+    x, *others = inputs
+    if function is gated_add:
+        options.pop("eps", None)
     out = function(*inputs, **options)
-    if gated:
-        update, gate = gated
-        h, out = out
+    if function is not ada_layer_norm:
+        update, gate, *others = others
+        h, out = out if others else (out, None)
         assert_rounded_once(h, x.double() + gate.double()[:, None] * update.double(), x)
         x = h
-    assert_rounded_once(out, textbook(x, scale, shift, options.get("eps", 1e-6)), x)
+    if others:
+        assert_rounded_once(out, textbook(x, *others, options.get("eps", 1e-6)), x)
 
 
-@both
+@every
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
 @pytest.mark.parametrize("parameters", [None, torch.float32], ids=str)
 def test_textbook(function, dtype, parameters):
@@ -62,7 +71,7 @@ def test_textbook(function, dtype, parameters):
 
 @on_gpu_or_interpreted
 @pytest.mark.usefixtures("poisoned")
-@both
+@every
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernel(function, shape):
     assert_close_to_textbook(function, inputs_of(function, *shape), impl="triton", eps=1e-3)
@@ -75,6 +84,27 @@ def test_kernel(function, shape):
 def test_every_launch_gives_the_same(function, launch):
     with pinned(ada_layer_norm=launch):
         assert_close_to_textbook(function, inputs_of(function, 2, 5, 40), impl="triton")
+
+
+@on_gpu_or_interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("launch", [SumLaunch(8, 1), SumLaunch(64, 2), SumLaunch(512, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 40), (3, 7, 9), (1, 33, 1)], ids=str)
+def test_every_launch_of_a_sum_gives_the_same(launch, shape):
+    with pinned(gated_add=launch):
+        assert_close_to_textbook(gated_add, inputs_of(gated_add, *shape), impl="triton")
+
+
+@on_gpu_or_interpreted
+def test_a_sum_of_any_strides_and_no_tokens():
+    x, update, gate = inputs_of(gated_add, 2, 8, 6)
+    turned = x.transpose(0, 1).contiguous().transpose(0, 1), update.mT.contiguous().mT
+    wide = torch.randn(2, 12, device=DEVICE)
+    for other in (gate, wide[:, ::2], wide[:, 1:7], gate[:1].expand(2, 6)):
+        assert_close_to_textbook(gated_add, (*turned, other), impl="triton")
+    for start in (x[:, :0], x[:0], x[..., :0]):
+        few = gate[: len(start), : start.shape[-1]]
+        assert gated_add(start, start, few, impl="triton").shape == start.shape
 
 
 @on_gpu_or_interpreted
@@ -96,14 +126,27 @@ def test_any_strides_and_no_tokens(function):
 
 
 @on_gpu_or_interpreted
-@both
+@every
 def test_operator_passes_opcheck(function):
     operator = getattr(torch.ops.lintra, f"{function.__name__}_fwd").default
-    torch.library.opcheck(operator, (*inputs_of(function, 2, 3, 5), 1e-6))
+    eps = () if function is gated_add else (1e-6,)
+    torch.library.opcheck(operator, (*inputs_of(function, 2, 3, 5), *eps))
 
 
 @on_gpu_or_interpreted
-@both
+@every
+@pytest.mark.parametrize("impl", ["auto", "reference", "triton"])
+def test_meta(function, impl):
+    inputs = inputs_of(function, 2, 3, 5, torch.bfloat16)
+    expected = function(*inputs)
+    out = function(*(x.to("meta") for x in inputs), impl=impl)
+    pairs = zip(out, expected, strict=True) if isinstance(out, tuple) else [(out, expected)]
+    for empty, x in pairs:
+        assert (empty.shape, empty.dtype, empty.is_meta) == (x.shape, x.dtype, True)
+
+
+@on_gpu_or_interpreted
+@every
 def test_a_gradient_takes_the_reference(function):
     inputs = [x.double().detach().requires_grad_() for x in inputs_of(function, 2, 3, 5)]
     assert torch.autograd.gradcheck(function, inputs)
@@ -116,27 +159,45 @@ def test_a_gradient_takes_the_reference(function):
     torch.testing.assert_close(ours, expected)
 
 
-@both
+@every
 def test_compiles_without_a_graph_break(function):
     inputs = inputs_of(function, 2, 3, 5)
     compiled = torch.compile(function, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*inputs), function(*inputs))
 
 
-@both
+@every
 def test_a_tracer_is_given_pytorch_to_fuse(function, monkeypatch):
-    from lintra.kernels.ada_layer_norm import api
+    from lintra.kernels.ada_layer_norm import api, configs
 
     def kernel(*_):
         raise AssertionError("launched")
 
-    for name in ("ada_layer_norm_triton", "gated_ada_layer_norm_triton"):
-        monkeypatch.setattr(api, name, kernel)
+    monkeypatch.setattr(api, f"{function.__name__}_triton", kernel)
     monkeypatch.setattr(api, "takes_kernel", lambda *_: True)  # as on a GPU
+    monkeypatch.setattr(configs, "GATED_ADD_MIN_ELEMENTS", 30)
     inputs = inputs_of(function, 2, 3, 5)
     with pytest.raises(AssertionError, match="launched"):
         function(*inputs)
     torch.compile(function, fullgraph=True, backend="eager")(*inputs)
+
+
+def test_small_sums_are_left_to_pytorch(monkeypatch):
+    from lintra.kernels.ada_layer_norm import api, configs
+
+    def kernel(*_):
+        raise AssertionError("launched")
+
+    monkeypatch.setattr(api, "gated_add_triton", kernel)
+    monkeypatch.setattr(api, "takes_kernel", lambda *_: True)  # as on a GPU
+    inputs = inputs_of(gated_add, 2, 3, 5)
+    monkeypatch.setattr(configs, "GATED_ADD_MIN_ELEMENTS", 31)
+    assert_close_to_textbook(gated_add, inputs)
+    with pytest.raises(AssertionError, match="launched"):
+        gated_add(*inputs, impl="triton")
+    monkeypatch.setattr(configs, "GATED_ADD_MIN_ELEMENTS", 30)
+    with pytest.raises(AssertionError, match="launched"):
+        gated_add(*inputs)
 
 
 def test_launches():
@@ -146,7 +207,7 @@ def test_launches():
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("poisoned")
-@both
+@every
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("parameters", [None, torch.float32], ids=str)
 def test_kernel_on_gpu(function, dtype, parameters):
@@ -158,21 +219,34 @@ def test_kernel_on_gpu(function, dtype, parameters):
 
 
 @pytest.mark.gpu
-@both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_large_sum_on_gpu(dtype):
+    x, update, gate = inputs = inputs_of(gated_add, 1, 16384, 1152, dtype)
+    assert_close_to_textbook(gated_add, inputs)
+    expected = torch.addcmul(x, gate[:, None], update)
+    for impl in ("auto", "triton"):  # now the direct launch
+        torch.testing.assert_close(gated_add(*inputs, impl=impl), expected)
+
+
+@pytest.mark.gpu
+@every
 def test_more_elements_than_32_bits_count(function):
     batch, tokens, channels = 3, 1 << 20, 768
     x = torch.empty(batch, tokens, channels, device=DEVICE, dtype=torch.bfloat16)
     assert x.numel() > 1 << 31
     x[:] = torch.randn(64, channels).to(x).repeat(tokens // 64, 1)
     scale, shift = torch.randn(2, batch, channels).to(x)
-    gated = [x, scale] if function is gated_ada_layer_norm else []
-    out = function(x, *gated, scale, shift, impl="triton")
+    arguments = {
+        ada_layer_norm: (x, scale, shift),
+        gated_ada_layer_norm: (x, x, scale, scale, shift),
+        gated_add: (x, x, scale),
+    }[function]
+    out = function(*arguments, impl="triton")
     for sample in range(batch):
         part = slice(sample, sample + 1)
-        head, *parameters = x[part, :64], scale[part], shift[part]
-        also = [head, scale[part]] if gated else []
-        expected = function(head, *also, *parameters, impl="reference")
-        pairs = zip(out, expected, strict=True) if gated else [(out, expected)]
+        heads = [a[part, :64] if a is x else a[part] for a in arguments]
+        expected = function(*heads, impl="reference")
+        pairs = zip(out, expected, strict=True) if isinstance(out, tuple) else [(out, expected)]
         for ours, theirs in pairs:
             torch.testing.assert_close(ours[part, -64:], theirs)
 
@@ -202,10 +276,14 @@ def test_errors(changes, error, message):
     arguments = dict(zip(names, (X, X, *[PARAMETER] * 3), strict=True)) | changes
     with pytest.raises(error, match=message):
         gated_ada_layer_norm(**arguments)
-    if not {"update", "gate"} & set(changes):
-        del arguments["update"], arguments["gate"]
-        with pytest.raises(error, match=message):
-            ada_layer_norm(**arguments)
+    for function, others in (
+        (ada_layer_norm, {"update", "gate"}),
+        (gated_add, {"scale", "shift"}),
+    ):
+        if not others & set(changes):
+            rest = {name: x for name, x in arguments.items() if name not in others}
+            with pytest.raises(error, match=message):
+                function(**rest)
 
 
 @on_gpu_or_interpreted

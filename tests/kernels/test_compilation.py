@@ -20,6 +20,7 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     for word in (
         "ada_layer_norm_fwd_kernel",
+        "gated_add_fwd_kernel",
         "grouped_mlp_fwd_kernel",
         "linear_attention_fwd_quadratic_hopper",
         "linear_attention_bwd_quadratic_queries_hopper",

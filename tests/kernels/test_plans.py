@@ -8,6 +8,7 @@ from kernel_checks import DEVICE, on_gpu_or_interpreted
 from lintra.kernels import (
     ada_layer_norm,
     gated_ada_layer_norm,
+    gated_add,
     layer_norm,
     linear_attention,
     token_conv2d,
@@ -131,6 +132,10 @@ def test_every_option_of_an_operation_has_its_memo() -> None:
         gated = (also[:, 1], tokens[:, 0], tokens[:, 1])
         return torch.stack(gated_ada_layer_norm(tokens, also, *gated, eps=eps, impl=impl))
 
+    def add(eps: float, impl: str) -> Tensor:
+        tokens = q.flatten(2) if eps < 1 else q[:, :4].flatten(2)
+        return gated_add(tokens, tokens, tokens[:, 1], impl=impl)
+
     def attend(eps: float, impl: str) -> Tensor:
         return linear_attention(q, k, v, scale=eps, eps=eps, impl=impl)
 
@@ -138,7 +143,7 @@ def test_every_option_of_an_operation_has_its_memo() -> None:
         grid = (2, 3) if eps < 1 else (3, 2)
         return token_conv2d(v.flatten(2), weight, grid=grid, impl=impl)
 
-    for operation in (norm, adapt, gate, attend, convolve):
+    for operation in (norm, adapt, gate, add, attend, convolve):
         for eps in (0.5, 2.0, 0.5):
             expected = operation(eps, "reference")
             torch.testing.assert_close(operation(eps, "triton"), expected)
