@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..untouched import is_unhooked, is_untouched, on_gpu
 from .fused_gelu import fuse_gelu, fuses_gelu, linear_gelu
-from .modulation import gated_modulated, modulated
+from .modulation import gated, gated_modulated, modulated
 
 _HALF_MAX = 65504
 
@@ -129,7 +129,7 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
         else:
             mlp = self.act_mlp(self.proj_mlp(tokens))
         update = _project_both(self.proj_out, attended, mlp)
-        hidden_states = _clipped(torch.addcmul(hidden_states, gate.unsqueeze(1), update))
+        hidden_states = _clipped(gated(hidden_states, update, gate))
         return hidden_states[:, :num_text], hidden_states[:, num_text:]
 
 
@@ -139,7 +139,7 @@ def _feed_forward(
 ) -> Tensor:  # fmt: skip
     """``h + gate_ff layer(norm(h) (1 + scale) + shift)``, ``h = tokens + gate attended``."""
     tokens, normed = gated_modulated(norm, tokens, attended, gate, scale, shift)
-    return torch.addcmul(tokens, gate_ff.unsqueeze(1), layer(normed))
+    return gated(tokens, layer(normed), gate_ff)
 
 
 def _is_tanh_gelu(module: Any) -> bool:

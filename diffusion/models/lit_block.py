@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import torch
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from torch import Tensor, nn
 
 from .fused_gelu import fuse_gelu
-from .modulation import gated_modulated, modulated
+from .modulation import gated, gated_modulated, modulated
 
 
 def embed_condition(
@@ -68,7 +67,7 @@ class LiTBlock(nn.Module):
         hidden_states, tokens = gated_modulated(
             self.norm3, hidden_states, attended, gate, scale_ff, shift_ff
         )
-        return torch.addcmul(hidden_states, gate_ff.unsqueeze(1), self.ff(tokens))
+        return gated(hidden_states, self.ff(tokens), gate_ff)
 
 
 # Where diffusers looks up what caches (first block, MagCache) and layer skipping may do to a block.

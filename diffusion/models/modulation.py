@@ -1,11 +1,12 @@
-"""Normalisation with a scale and a shift a sample, as the blocks of DiT and FLUX call it."""
+"""Norms with a scale and a shift a sample, and gated sums, as blocks of DiT and FLUX call them."""
 
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from lintra.kernels import ada_layer_norm, gated_ada_layer_norm
+from lintra.kernels import ada_layer_norm, gated_ada_layer_norm, gated_add
+from lintra.kernels.ada_layer_norm import configs
 
 from ..untouched import is_unhooked
 
@@ -38,5 +39,18 @@ def gated_modulated(
     """``h = tokens + gate * update`` and `modulated` h; gate, scale and shift as there."""
     if _is_plain(norm, tokens, scale):
         return gated_ada_layer_norm(tokens, update, gate, scale, shift, eps=norm.eps)
-    tokens = torch.addcmul(tokens, gate.unsqueeze(1), update)
+    tokens = gated(tokens, update, gate)
     return tokens, modulated(norm, tokens, scale, shift)
+
+
+def gated(tokens: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """``tokens + gate * update`` with gate ``(B, C)``, or ``(1, C)``; the widest dtype wins."""
+    if (
+        not torch.compiler.is_compiling()  # a size would be guarded
+        and tokens.numel() >= configs.GATED_ADD_MIN_ELEMENTS  # spares the host what follows
+        and tokens.dtype == update.dtype == gate.dtype
+        and tokens.shape == update.shape
+        and tokens.shape[0] == gate.shape[0]
+    ):
+        return gated_add(tokens, update, gate)
+    return torch.addcmul(tokens, gate.unsqueeze(1), update)

@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
+from kernel_checks import DEVICE, on_gpu_or_interpreted
 from lintra.diffusion.attention import rotary
 from lintra.diffusion.models import flux_blocks, fused_gelu
+from lintra.kernels.ada_layer_norm import api, configs
 from tiny_clear import clear_inputs, tiny_clear, tiny_stock
 
 GRID = (3, 4)
@@ -86,6 +88,20 @@ def test_inference_on_a_gpu_gives_the_same(model, calls, monkeypatch, dtype):
     ]
     tolerance = 1e-5 if dtype == torch.float32 else 0.03
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+
+
+@on_gpu_or_interpreted
+def test_norms_and_sums_by_kernels(model, calls, monkeypatch):
+    inputs = {key: x.to(DEVICE) for key, x in clear_inputs("flux", GRID).items()}
+    expected = stock_form(model.to(DEVICE), inputs, monkeypatch)
+    monkeypatch.setattr(configs, "GATED_ADD_MIN_ELEMENTS", 1)
+    monkeypatch.setattr(api, "takes_kernel", lambda impl, x, reason: reason is None)
+    add, sums = api.gated_add_triton, []
+    monkeypatch.setattr(api, "gated_add_triton", lambda *args: (sums.append(1), add(*args))[1])
+    with torch.no_grad():
+        out = model(**inputs).sample
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    assert len(sums) == sum(counts(model))
 
 
 def test_a_gradient_takes_the_stock_form(model, calls, monkeypatch):

@@ -15,7 +15,7 @@ from kernel_checks import DEVICE, on_gpu_or_interpreted
 from lintra.diffusion import LiTPixArtTransformer2DModel, LiTTransformer2DModel, assert_linear
 from lintra.diffusion.attention.linear import LiTAttention, LiTAttnProcessor
 from lintra.diffusion.models.linear_blocks import default_num_linear_heads
-from lintra.kernels.ada_layer_norm import api
+from lintra.kernels.ada_layer_norm import api, configs
 from tiny_models import TINY, inputs, tiny_dit, tiny_lit
 from tiny_pixart import tiny_pixart
 
@@ -153,7 +153,8 @@ def test_weights_of_a_norm_count():
 
 
 @on_gpu_or_interpreted
-def test_normalisation_by_kernels(monkeypatch):
+def test_norms_and_sums_by_kernels(monkeypatch):
+    monkeypatch.setattr(configs, "GATED_ADD_MIN_ELEMENTS", 1)
     model, given = tiny_lit().to(DEVICE), {k: v.to(DEVICE) for k, v in inputs().items()}
     outputs = []
     for takes in (False, True):
@@ -166,7 +167,7 @@ def test_normalisation_by_kernels(monkeypatch):
         monkeypatch.setattr(api, "takes_kernel", takes_kernel)
         with torch.no_grad():
             outputs.append(model(**given).sample)
-        assert calls == [None] * (2 * len(model.transformer_blocks) + 1)
+        assert calls == [None] * (3 * len(model.transformer_blocks) + 1)
     torch.testing.assert_close(*outputs)
 
 
