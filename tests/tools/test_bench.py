@@ -11,7 +11,16 @@ from torch import Tensor
 
 from lintra import kernels
 from lintra.tools import bench
-from lintra.tools.benchmark import clear, lit, local_attention, models, report, runner, timing
+from lintra.tools.benchmark import (
+    ada_layer_norm,
+    clear,
+    lit,
+    local_attention,
+    models,
+    report,
+    runner,
+    timing,
+)
 from lintra.tools.benchmark.accuracy import check
 from lintra.tools.benchmark.case import OURS, Case, Peer, eager
 from lintra.tools.benchmark.local_attention import visible_pairs
@@ -143,6 +152,16 @@ def test_its_sizes_and_targets() -> None:
     assert [case.shape for case in cases][:3] == ["1024px r8", "1024px r16", "2048px r8"]
     assert ["sdpa" in case.peers for case in cases] == [True, False] * 3 + [False] * 2
     assert [bool(case.targets) for case in cases] == [True, False] * 4
+
+
+@pytest.mark.parametrize("gated", [0, 1])
+def test_the_floor_of_a_norm_is_what_goes_in_and_out(gated: int) -> None:
+    case = ada_layer_norm.build((2, 5, 24, gated))
+    inputs = case.make(CPU, torch.bfloat16)
+    results = case.ours.prepare()(*inputs)
+    moved = (*inputs, *(results if isinstance(results, tuple) else (results,)))
+    assert case.floor_bytes is not None
+    assert case.floor_bytes(2) == sum(x.numel() * x.element_size() for x in moved)
 
 
 def test_a_shape_and_a_direction_of_ones_own(tmp_path: Path) -> None:

@@ -76,7 +76,8 @@ def build(shape: Sequence[int], group: str = "custom", with_targets: bool = Fals
     return Case(
         ours=eager(ours),  # type: ignore[arg-type]
         checks=(checked,),
-        floor_bytes=lambda size: (2 + gated) * (2 * elements + parameters) * size,
+        # x in and y out; with a gate also update in and h out.
+        floor_bytes=lambda size: (2 * (1 + gated) * elements + (2 + gated) * parameters) * size,
         peers={"eager": eager(stock_normalization), "compiled": compiled(stock_normalization)},  # type: ignore[arg-type]
         targets=_TARGETS if with_targets else {},
         **common,
