@@ -44,7 +44,7 @@ def _parser() -> ArgumentParser:
         help="a shape instead of the table's, can be repeated; linear_attention: B,N,H,D;"
         " token_conv2d: B,h,w,C,k[,residual[,per_sample]]; models: pixels,batch; clear:"
         " pixels,radius; local_attention: side,radius[,H,D,prefix[,pooled]]; ada_layer_norm:"
-        " B,N,C[,gated]; rotary_rms_norm: B,N,H,D",
+        " B,N,C[,gated (2: the sum alone)]; rotary_rms_norm: B,N,H,D",
     )
     parser.add_argument("--only", default="", help="cases whose label holds this text")
     parser.add_argument("--direction", nargs="+", choices=("fwd", "bwd", "fwd+bwd"), default=())

@@ -88,6 +88,7 @@ def test_every_size_of_lit_at_every_resolution() -> None:
         "2x32x32x1152 5x5 residual",
         "2x1024x1152",
         "2x1024x1152 gated",
+        "2x1024x1152 sum",
     ]
     training = lit.cases(replace(mode, training=True), [(512, 4)])
     assert str(training[0]) == "lit S 512px B4 eager"
@@ -154,9 +155,9 @@ def test_its_sizes_and_targets() -> None:
     assert [bool(case.targets) for case in cases] == [True, False] * 4
 
 
-@pytest.mark.parametrize("gated", [0, 1])
-def test_the_floor_of_a_norm_is_what_goes_in_and_out(gated: int) -> None:
-    case = ada_layer_norm.build((2, 5, 24, gated))
+@pytest.mark.parametrize("kind", range(len(ada_layer_norm.KINDS)))
+def test_the_floor_of_a_norm_is_what_goes_in_and_out(kind: int) -> None:
+    case = ada_layer_norm.build((2, 5, 24, kind))
     inputs = case.make(CPU, torch.bfloat16)
     results = case.ours.prepare()(*inputs)
     moved = (*inputs, *(results if isinstance(results, tuple) else (results,)))
@@ -239,7 +240,7 @@ def test_a_wrong_implementation_has_no_speed(
         (["token_conv2d", "--shape", "1,2"], r"`shape` must be B,h,w,C,k.* got \(1, 2\)"),
         (["local_attention", "--shape", "0,1"], r"`shape` must be side,radius.* got \(0, 1\)"),
         (["ada_layer_norm", "--shape", "1,2"], r"`shape` must be B,N,C.* got \(1, 2\)"),
-        (["ada_layer_norm", "--shape", "1,2,3,2"], r"`shape` must be .*, gated 0 or 1, got .*"),
+        (["ada_layer_norm", "--shape", "1,2,3,3"], r"`shape` must be .*, gated 0, 1 or 2, got .*"),
         (["rotary_rms_norm", "--shape", "1,2"], r"`shape` must be B,N,H,D, .* got \(1, 2\)"),
         (["lit", "--shape", "30,1"], r"`shape` must be pixels .* got \(30, 1\)"),
         (["clear", "--shape", "40,8"], r"`shape` must be pixels,radius, pixels a .* got \(40, 8\)"),

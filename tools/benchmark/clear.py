@@ -123,7 +123,9 @@ def build(
         checks=(
             local_attention.build((grid, radius, heads, dim, num_text), "FLUX"),
             rotary_rms_norm.build((1, num_text, heads, dim), "FLUX"),
-            *(ada_layer_norm.build((1, num_text, heads * dim, gated), "FLUX") for gated in (0, 1)),
+            *(ada_layer_norm.build((1, num_text, heads * dim, kind), "FLUX") for kind in (0, 1)),
+            # As many tokens as make it large, if the image has them.
+            ada_layer_norm.build((1, num_text + min(grid, 128) ** 2, heads * dim, 2), "FLUX"),
         ),
         peers=peers,
         targets=targets,

@@ -79,7 +79,7 @@ def _checks(name: str, size: tuple[int, int, int, int], side: int) -> tuple[Case
     return (
         linear_attention.build(attention, name),
         token_conv.build((batch, grid, grid, width, 5, 1, 0), name),
-        *(ada_layer_norm.build((batch, grid * grid, width, gated), name) for gated in (0, 1)),
+        *(ada_layer_norm.build((batch, grid * grid, width, kind), name) for kind in (0, 1, 2)),
     )
 
 
