@@ -34,14 +34,15 @@ def normalize_and_rotate(
     """
     if tables is not None and all(_fuses(*part) for part in parts):
         cosines, sines = (table.to(parts[0][0].device, torch.float32) for table in tables)
-        counts = [query.shape[1] for query, *_ in parts]
+        own_tables = [(cosines, sines)]
+        if len(parts) > 1:
+            counts = [query.shape[1] for query, *_ in parts]
+            own_tables = list(zip(cosines.split(counts), sines.split(counts), strict=True))
         turned = [
             rotary_rms_norm(
-                query, key, norm_query.weight, norm_key.weight, *own_tables, eps=norm_query.eps
+                query, key, norm_query.weight, norm_key.weight, *own, eps=norm_query.eps
             )
-            for (query, key, norm_query, norm_key), *own_tables in zip(
-                parts, cosines.split(counts), sines.split(counts), strict=True
-            )
+            for (query, key, norm_query, norm_key), own in zip(parts, own_tables, strict=True)
         ]
         return _joined(turned)
     normed = [

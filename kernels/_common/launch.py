@@ -116,8 +116,18 @@ def knows_gluon() -> bool:
     return (3, 6) <= (major, minor) <= (3, 8)
 
 
+def aligned(*tensors: Tensor) -> bool:
+    """Their memory begins at multiples of 16 bytes, as the copy engine wants it; no part of a
+    layout, so that a plan made for one tensor does not know it of the next."""
+    return not any(x.data_ptr() % 16 for x in tensors)
+
+
 def copy_engine_takes(tensor: Tensor) -> bool:
     """Its addresses and strides are multiples of 16 bytes."""
+    return aligned(tensor) and copy_engine_takes_strides(tensor)
+
+
+def copy_engine_takes_strides(tensor: Tensor) -> bool:
+    """As much of it as follows from the layout."""
     strides = [s for n, s in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if n > 1]
-    aligned = all(s > 0 and s * tensor.element_size() % 16 == 0 for s in strides)
-    return aligned and tensor.data_ptr() % 16 == 0
+    return all(s > 0 and s * tensor.element_size() % 16 == 0 for s in strides)

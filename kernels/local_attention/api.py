@@ -1,11 +1,13 @@
 """Signature, checks and choice of implementation of local attention."""
 
 from numbers import Integral, Real
+from typing import NamedTuple
 
 from torch import Tensor
 
 from .._common.checks import IMPLEMENTATIONS, check_choice, check_grid, check_shape, check_tensor
 from .._common.launch import takes_kernel, why_no_kernel
+from .._common.plans import Memo, Plans
 from .configs import MAX_HEAD_DIM, MAX_SIDE
 from .ops import local_attention_op
 
@@ -27,6 +29,67 @@ def _check_number(name: str, value: object, kind: type, what: str) -> None:
     # A tensor among them would silently get no gradient.
     if isinstance(value, bool) or not isinstance(value, kind):
         raise TypeError(f"`{name}` must be {what}, got {type(value).__name__}")
+
+
+class _Call(NamedTuple):
+    """What follows from the arguments: height, width, num_prefix, radius and scale, and whether
+    the kernels run."""
+
+    numbers: tuple[int, int, int, float, float]
+    kernel: bool
+    memo: Memo
+
+
+def _checked(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    grid: tuple[int, int],
+    radius: float,
+    num_prefix: int,
+    scale: float | None,
+    impl: str,
+    *_: type,
+) -> _Call:
+    """Raises what the arguments deserve."""
+    query, key, value, extra_key, extra_value = tensors
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    check_tensor("query", query, "(B, N, H, D)")
+    check_tensor("key", key, "(B, N, H, D)", like=query)
+    check_tensor("value", value, "(B, N, H, E)", like=query)
+    batch, num_tokens, heads, head_dim = query.shape
+    value_dim = value.shape[3]
+    check_shape("key", key, query.shape, "(B, N, H, D)")
+    check_shape("value", value, (batch, num_tokens, heads, value_dim), "(B, N, H, E)")
+
+    _check_number("num_prefix", num_prefix, Integral, "an integer")
+    if not 0 <= num_prefix < num_tokens:
+        raise ValueError(f"`num_prefix` must be in [0, {num_tokens}), got {num_prefix}")
+    height, width = check_grid(grid, num_tokens - num_prefix, "image tokens")
+    _check_number("radius", radius, Real, "a number")
+    if not radius >= 1:  # also refuses nan
+        raise ValueError(f"`radius` must be at least 1, got {radius}")
+    if scale is None:
+        scale = head_dim**-0.5
+    _check_number("scale", scale, Real, "a number or None")
+
+    if (extra_key is None) != (extra_value is None):
+        missing, given = ("extra_key", "extra_value")[:: 1 if extra_key is None else -1]
+        raise ValueError(f"`{missing}` must be given together with `{given}`, got None")
+    if extra_key is not None and extra_value is not None:
+        check_tensor("extra_key", extra_key, "(B, M, H, D)", like=query)
+        check_tensor("extra_value", extra_value, "(B, M, H, E)", like=query)
+        num_extra = extra_key.shape[1]
+        check_shape("extra_key", extra_key, (batch, num_extra, heads, head_dim), "(B, M, H, D)")
+        extra_shape = (batch, num_extra, heads, value_dim)
+        check_shape("extra_value", extra_value, extra_shape, "(B, M, H, E)")
+
+    reason = why_not_triton(query, value, (height, width))
+    if impl == "triton" and reason is not None:
+        raise NotImplementedError(f"`impl` must not be 'triton' for local_attention: {reason}")
+    numbers = (height, width, num_prefix, float(radius), float(scale))
+    return _Call(numbers, takes_kernel(impl, query, reason), Memo())
+
+
+_CALLS = Plans(_checked)
 
 
 def local_attention(
@@ -88,50 +151,9 @@ def local_attention(
             that is no number.
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
-    check_choice("impl", impl, IMPLEMENTATIONS)
-    check_tensor("query", query, "(B, N, H, D)")
-    check_tensor("key", key, "(B, N, H, D)", like=query)
-    check_tensor("value", value, "(B, N, H, E)", like=query)
-    batch, num_tokens, heads, head_dim = query.shape
-    value_dim = value.shape[3]
-    check_shape("key", key, query.shape, "(B, N, H, D)")
-    check_shape("value", value, (batch, num_tokens, heads, value_dim), "(B, N, H, E)")
-
-    _check_number("num_prefix", num_prefix, Integral, "an integer")
-    if not 0 <= num_prefix < num_tokens:
-        raise ValueError(f"`num_prefix` must be in [0, {num_tokens}), got {num_prefix}")
-    height, width = check_grid(grid, num_tokens - num_prefix, "image tokens")
-    _check_number("radius", radius, Real, "a number")
-    if not radius >= 1:  # also refuses nan
-        raise ValueError(f"`radius` must be at least 1, got {radius}")
-    if scale is None:
-        scale = head_dim**-0.5
-    _check_number("scale", scale, Real, "a number or None")
-
-    if (extra_key is None) != (extra_value is None):
-        missing, given = ("extra_key", "extra_value")[:: 1 if extra_key is None else -1]
-        raise ValueError(f"`{missing}` must be given together with `{given}`, got None")
-    if extra_key is not None and extra_value is not None:
-        check_tensor("extra_key", extra_key, "(B, M, H, D)", like=query)
-        check_tensor("extra_value", extra_value, "(B, M, H, E)", like=query)
-        num_extra = extra_key.shape[1]
-        check_shape("extra_key", extra_key, (batch, num_extra, heads, head_dim), "(B, M, H, D)")
-        extra_shape = (batch, num_extra, heads, value_dim)
-        check_shape("extra_value", extra_value, extra_shape, "(B, M, H, E)")
-
-    reason = why_not_triton(query, value, (height, width))
-    if impl == "triton" and reason is not None:
-        raise NotImplementedError(f"`impl` must not be 'triton' for local_attention: {reason}")
-    out, lse = local_attention_op(
-        query,
-        key,
-        value,
-        grid=(height, width),
-        radius=radius,
-        num_prefix=num_prefix,
-        scale=scale,
-        extra_key=extra_key,
-        extra_value=extra_value,
-        kernel=takes_kernel(impl, query, reason),
-    )
+    tensors = (query, key, value, extra_key, extra_value)
+    # Equal numbers of another type may not do: True is no radius, though 1 is.
+    types = (type(radius), type(num_prefix), type(scale))
+    call = _CALLS(tensors, grid, radius, num_prefix, scale, impl, *types)
+    out, lse = local_attention_op(*tensors, *call.numbers, kernel=call.kernel, memo=call.memo)
     return (out, lse) if return_lse else out

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._common.launch import (
     architecture,
-    copy_engine_takes,
+    copy_engine_takes_strides,
     knows_gluon,
     multiprocessors,
 )
@@ -115,15 +115,15 @@ def disc_limit(height: int, width: int, radius: float) -> int:
 
 
 def way_of(name: str, tensors: Iterable[Tensor], scale: float) -> str:
-    """hopper: kernels for the copy engine and the tensor cores of one architecture; general: any.
-    `name` is fwd or bwd."""
+    """hopper: kernels for the copy engine and the tensor cores of one architecture, for tensors
+    whose memory is `aligned`; general: any. `name` is fwd or bwd."""
     tensors = list(tensors)
     first = tensors[0]
     hopper = (
         architecture(first.get_device()) == 90
         and first.element_size() == 2
         and scale > 0
-        and all(x.shape[3] in (64, 128) and copy_engine_takes(x) for x in tensors)
+        and all(x.shape[3] in (64, 128) and copy_engine_takes_strides(x) for x in tensors)
         and knows_gluon()
     )
     return pin_or(f"local_{name}_way", "hopper" if hopper else "general")
@@ -136,7 +136,8 @@ def hopper_stages(name: str, head_dim: int, value_dim: int) -> int:
 
 
 def prefix_way(query: Tensor, value: Tensor) -> str:
-    """sdpa: cuDNN's dense attention, measured faster on Hopper; general: our own kernel."""
+    """sdpa: cuDNN's dense attention, measured faster on Hopper, for tensors whose memory
+    is `aligned`; general: our own kernel."""
     sdpa = (
         architecture(query.get_device()) == 90
         and query.element_size() == 2
@@ -148,9 +149,11 @@ def prefix_way(query: Tensor, value: Tensor) -> str:
 
 
 def sdpa_parts(query: Tensor) -> int:
-    """Ranges of keys of the prefix queries in cuDNN: four keep a GPU busier than one."""
+    """Ranges of keys of the prefix queries in cuDNN: of one sample, four keep a GPU busier than
+    one."""
     batch, num_tokens = query.shape[:2]
-    return pin_or("local_sdpa_parts", 4 if batch == 1 and num_tokens % 4 == 0 else 1)
+    parts = pin_or("local_sdpa_parts", 4)
+    return parts if batch == 1 and num_tokens % parts == 0 else 1
 
 
 def even_parts(programs: int, tiles: int, processors: int) -> int:

@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .._common.boxes import Box
 from .._common.launch import ceil_div
 from .triton_blocks import tile_columns
 
@@ -127,24 +128,30 @@ def _strides(tensor: Tensor) -> list[int]:
     ]
 
 
-def grid_descriptor(tensor: Tensor, first: int, height: int, width: int) -> TensorDescriptor:
+def grid_box(tensor: Tensor, first: int, height: int, width: int) -> Box:
     """Boxes of 8 x 8 tokens of (B, N, H, D), whose tokens from `first` on lie on the grid."""
     batch, _, heads, channels = tensor.shape
     s_b, s_n, s_h, _ = _strides(tensor)
     shape, strides = [batch, heads, height, width, channels], [s_b, s_h, width * s_n, s_n, 1]
     block = [1, 1, SIDE.value, SIDE.value, channels]
-    return TensorDescriptor(
-        tensor[:, first:], shape, strides, block, gl.NVMMASharedLayout(128, 16, 5)
-    )
+    return Box(shape, strides, block, gl.NVMMASharedLayout(128, 16, 5), first * s_n)
 
 
-def dense_descriptor(tensor: Tensor, count: int) -> TensorDescriptor:
+def dense_box(tensor: Tensor, count: int) -> Box:
     """Boxes of 64 of the first `count` tokens of (B, N, H, D)."""
     batch, _, heads, channels = tensor.shape
     s_b, s_n, s_h, _ = _strides(tensor)
     shape, strides = [batch, heads, max(count, 1), channels], [s_b, s_h, s_n, 1]
     layout = gl.NVMMASharedLayout(128, 16, 4)
-    return TensorDescriptor(tensor, shape, strides, [1, 1, TILE.value, channels], layout)
+    return Box(shape, strides, [1, 1, TILE.value, channels], layout)
+
+
+def grid_descriptor(tensor: Tensor, first: int, height: int, width: int) -> TensorDescriptor:
+    return grid_box(tensor, first, height, width).of(tensor)
+
+
+def dense_descriptor(tensor: Tensor, count: int) -> TensorDescriptor:
+    return dense_box(tensor, count).of(tensor)
 
 
 def tiles_of(height: int, width: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .._common.kernel_call import KernelCall
 from .._common.launch import multiprocessors
 from . import configs
 from .hopper_blocks import (
@@ -18,8 +19,8 @@ from .hopper_blocks import (
     advance,
     columns_of,
     copy,
-    dense_descriptor,
-    grid_descriptor,
+    dense_box,
+    grid_box,
     in_disc,
     init_barriers,
     load_tile,
@@ -222,23 +223,28 @@ def _local_attention_fwd_hopper_kernel(
     )  # fmt: skip
 
 
-def fill_image(
-    inputs: tuple[Tensor, ...], out: Tensor, lse: Tensor,
+def plan_image(
+    inputs: tuple[Tensor, ...], num_extra: int, out: Tensor,
     height: int, width: int, num_prefix: int, limit: int, factor: float,
-) -> None:  # fmt: skip
-    """Writes the image queries of `out` and `lse`."""
+) -> KernelCall:  # fmt: skip
+    """A call with `inputs`, `out` and lse writes the image queries. Tensors give their layout."""
     query, key, value, extra_key, extra_value = inputs
     batch, _, heads, head_dim = query.shape
-    num_extra = extra_key.shape[1]
-    images = [grid_descriptor(x, num_prefix, height, width) for x in (query, key, value, out)]
-    prefix = [dense_descriptor(x, num_prefix) for x in (key, value)]
-    extra = [dense_descriptor(x, num_extra) for x in (extra_key, extra_value)]
+    value_dim = value.shape[3]
+    images = [(i, grid_box(inputs[i], num_prefix, height, width)) for i in range(3)]
+    prefix = [(1, dense_box(key, num_prefix)), (2, dense_box(value, num_prefix))]
+    extra = [(3, dense_box(extra_key, num_extra)), (4, dense_box(extra_value, num_extra))]
+    result = (5, grid_box(out, num_prefix, height, width))
+    boxes = [*images, *prefix, *(extra if num_extra else prefix), result]
     _, tiles = tiles_of(height, width)
     items = batch * heads * tiles
-    _local_attention_fwd_hopper_kernel[(min(items, multiprocessors(query)),)](
-        *images[:3], *prefix, *(extra if num_extra else prefix), images[3], lse, factor,
-        heads, height, width, num_prefix, num_extra, limit, items, tiles,
-        configs.heads_together(heads, width, limit, 2 * (head_dim + value.shape[3])),
-        D=head_dim, E=value.shape[3], STAGES=configs.hopper_stages("fwd", head_dim, value.shape[3]),
-        num_warps=4,
+    together = configs.heads_together(heads, width, limit, 2 * (head_dim + value_dim))
+    numbers = (
+        factor, heads, height, width, num_prefix, num_extra, limit, items, tiles, together,
+    )  # fmt: skip
+    stages = configs.hopper_stages("fwd", head_dim, value_dim)
+    constants = {"D": head_dim, "E": value_dim, "STAGES": stages, "num_warps": 4}
+    return KernelCall(
+        _local_attention_fwd_hopper_kernel, (min(items, multiprocessors(query)),),
+        numbers, constants, boxes, only_boxes=6,
     )  # fmt: skip

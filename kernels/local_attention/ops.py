@@ -1,6 +1,7 @@
 """Local attention as PyTorch operators with their gradient: what compilers and autograd see.
 
-Two pairs of one schema: tiles in plain PyTorch on every device, and the Triton kernels.
+Two pairs: tiles in plain PyTorch on every device, and the Triton kernels, which may go without
+extra keys.
 """
 
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._common.operators import first_derivative, needs_gradient, register
+from .._common.plans import Memo
 from .._common.precision import accumulation_dtype, no_autocast
 from .reference import backward, forward, parts
 from .tiles import Geometry
@@ -37,7 +39,10 @@ torch.library.register_fake(_FWD, _empty_results)
 torch.library.register_fake(_BWD, _empty_grads)
 _LAUNCHER = f"{__package__}.triton"
 _KERNEL_FWD = register(
-    "local_attention_fwd", _FWD_SCHEMA, f"{_LAUNCHER}_fwd:local_attention_fwd", _empty_results
+    "local_attention_fwd",
+    _FWD_SCHEMA.replace("Tensor extra", "Tensor? extra"),
+    f"{_LAUNCHER}_fwd:local_attention_fwd",
+    _empty_results,
 )
 _KERNEL_BWD = register(
     "local_attention_bwd", _BWD_SCHEMA, f"{_LAUNCHER}_bwd:local_attention_bwd", _empty_grads
@@ -105,24 +110,16 @@ class _LocalAttention(torch.autograd.Function):
 
 
 def local_attention_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    grid: tuple[int, int],
-    radius: float,
-    num_prefix: int,
-    scale: float,
-    extra_key: Tensor | None,
-    extra_value: Tensor | None,
-    kernel: bool,
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor,
+    extra_key: Tensor | None, extra_value: Tensor | None,
+    height: int, width: int, num_prefix: int, radius: float, scale: float,
+    *, kernel: bool, memo: Memo | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operation of `api.local_attention`: the output and the log-sum-exp, by the Triton
     `kernel` or by tiles in PyTorch."""
+    numbers = (height, width, num_prefix, radius, scale)
+    if kernel and not needs_gradient(query, key, value, extra_key, extra_value):
+        return _KERNEL_FWD(query, key, value, extra_key, extra_value, *numbers, memo=memo)
     if extra_key is None or extra_value is None:
         extra_key, extra_value = key[:, :0].detach(), value[:, :0].detach()
-    tensors = (query, key, value, extra_key, extra_value)
-    numbers = (*grid, num_prefix, float(radius), float(scale))
-    if kernel and not needs_gradient(*tensors):
-        return _KERNEL_FWD(*tensors, *numbers)
-    return _LocalAttention.apply(*tensors, *numbers, kernel)
+    return _LocalAttention.apply(query, key, value, extra_key, extra_value, *numbers, kernel)

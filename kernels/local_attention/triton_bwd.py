@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._common.launch import (
+    aligned,
     ceil_div,
     common_vector,
     copy_engine_takes,
@@ -389,7 +390,7 @@ def local_attention_bwd(
     inputs = [unit_last(x) for x in inputs]
     limit = configs.disc_limit(height, width, radius)
     with device_guard(query):
-        if configs.way_of("bwd", inputs, scale) == "hopper":
+        if configs.way_of("bwd", inputs, scale) == "hopper" and aligned(*inputs):
             from .hopper_grads import HopperBackward, fill_gradients  # as in `triton_fwd.py`
 
             d_out = d_out if copy_engine_takes(d_out) else d_out.contiguous()

@@ -1,11 +1,15 @@
-"""Forward kernels of local attention and their launcher: every GPU, any strides."""
+"""Forward kernel of local attention for every GPU and any strides, and the launcher of all."""
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._common.kernel_call import KernelCall
 from .._common.launch import (
+    aligned,
     ceil_div,
     common_vector,
     device_guard,
@@ -13,6 +17,7 @@ from .._common.launch import (
     strides_in_vectors,
     unit_last,
 )
+from .._common.plans import Memo, Plans
 from . import configs
 from .triton_blocks import (
     count_tiles,
@@ -27,6 +32,7 @@ from .triton_blocks import (
     tile_columns,
     tile_rows,
 )
+from .triton_merge import Prefix, merge, plan_prefix_sdpa
 
 
 @triton.jit
@@ -143,53 +149,6 @@ def _local_attention_fwd_kernel(
     tl.store(p_lse + batch * l_sb + rows.to(tl.int64) * l_sn + head * l_sh, lse, mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "parts", "batch", "rows", "heads", "l_sb", "l_sn", "l_sh", "rows_out",
-    ]
-)  # fmt: skip
-def _merge_kernel(
-    p_part, p_part_lse, p_o, p_lse, parts, batch, rows, heads, rows_out,
-    o_sb, o_sn, o_sh, l_sb, l_sn, l_sh,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """lse = log sum_p exp(lse_p), o = sum_p exp(lse_p - lse) o_p. Grid (blocks of (token, head)
-    pairs, B): parts (parts * B, T, H, E) and (parts * B, T, H), results in the first T of
-    `rows_out` tokens."""
-    o_m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_m = o_m < rows * heads
-    row, head = (o_m // heads).to(tl.int64), (o_m % heads).to(tl.int64)
-    index = tl.program_id(1).to(tl.int64)
-    o_out = (index * rows_out + row) * heads + head
-    top = tl.full((BLOCK,), -1e38, tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    acc = tl.zeros((BLOCK, BLOCK_E), tl.float32)
-    for _ in range(parts):
-        lse = tl.load(p_part_lse + index * l_sb + row * l_sn + head * l_sh, mask=m_m, other=0.0)
-        new_top = tl.maximum(top, lse)
-        change, weight = tl.exp(top - new_top), tl.exp(lse - new_top)
-        total = total * change + weight
-        o = load_tokens(p_part + index * o_sb, row * o_sn + head * o_sh, m_m, 1, E, BLOCK_E)
-        acc = acc * change[:, None] + o.to(tl.float32) * weight[:, None]
-        top = new_top
-        index += batch
-    total = tl.where(m_m, total, 1.0)
-    store_tokens(p_o, o_out, m_m, E, acc / total[:, None], E, BLOCK_E)
-    tl.store(p_lse + o_out, top + tl.log(total), mask=m_m)
-
-
-def _merge(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Writes the first tokens of `out` (B, N, H, E) and `lse` (B, N, H) from their parts
-    (parts * B, T, H, E) and (parts * B, T, H)."""
-    batch, num_tokens, heads, value_dim = out.shape
-    rows, block = part.shape[1], 16
-    _merge_kernel[(ceil_div(rows * heads, block), batch)](
-        part, part_lse, out, lse, part.shape[0] // batch, batch, rows, heads, num_tokens,
-        *part.stride()[:3], *part_lse.stride(),
-        E=value_dim, BLOCK_E=configs.channel_block(value_dim), BLOCK=block, num_warps=4,
-    )  # fmt: skip
-
-
 def score_factors(scale: float) -> tuple[float, float]:
     """(sign, factor): scores are (sign q) k^T * factor in base 2 with a positive factor, so that
     the largest product has the largest score; scale 0 is sign 0."""
@@ -197,94 +156,138 @@ def score_factors(scale: float) -> tuple[float, float]:
     return float(sign), abs(scale) * 1.4426950408889634 if sign else 1.0
 
 
-def _fill_prefix_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, num_prefix: int,
-    scale: float,
-) -> None:  # fmt: skip
-    """Writes the first `num_prefix` queries of `out` and `lse` by cuDNN, ranges of keys as a
-    batch."""
-    parts = configs.sdpa_parts(query)
-    q = query[:, :num_prefix].transpose(1, 2)
-    k, v = (
-        x.unflatten(1, (parts, -1)).flatten(0, 1).transpose(1, 2)
-        if parts > 1
-        else x.transpose(1, 2)
-        for x in (key, value)
-    )
-    part, part_lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q.expand(parts * q.shape[0], -1, -1, -1), k, v, None, True, scale=scale
-    )
-    _merge(part.transpose(1, 2), part_lse.flatten(2).transpose(1, 2), out, lse)
-
-
-def _fill_prefix(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, num_prefix: int,
-    scale: float,
-) -> None:  # fmt: skip
-    """Writes the first `num_prefix` queries of `out` and `lse`: dense attention, the keys split."""
-    batch, num_tokens, heads, head_dim = query.shape
-    value_dim = value.shape[3]
-    launch = configs.launch_of("local_fwd", query, max(head_dim, value_dim))
-    programs = ceil_div(num_prefix, launch.own_size)
-    parts, share = configs.parts_of(num_tokens, launch.other_size, batch * heads * programs, query)
-    part, part_lse = out, lse
-    if parts > 1:
-        part = empty(parts * batch, num_prefix, heads, value_dim, like=query, dtype=torch.float32)
-        part_lse = empty(parts * batch, num_prefix, heads, like=query, dtype=torch.float32)
-    vector = common_vector(query, key, value, part)
-    strides = strides_in_vectors(vector, query, key, value)
-    sign, factor = score_factors(scale)
-    _local_attention_fwd_kernel[(batch * heads * programs, parts)](
-        query, key, value, key, value, part, part_lse, sign, factor,
-        heads, 1, num_tokens - num_prefix, num_prefix, 0, 1, share, programs,
-        *strides, 0, 0, 0, 0, 0, 0, *strides_in_vectors(vector, part), *part_lse.stride(),
-        IMAGE=False, VECTOR=vector, **launch.blocks(head_dim, value_dim),
-    )  # fmt: skip
-    if parts > 1:
-        _merge(part, part_lse, out, lse)
-
-
-def _fill_image(
-    inputs: tuple[Tensor, ...], out: Tensor, lse: Tensor,
+def _plan_image(
+    inputs: tuple[Tensor, ...], num_extra: int, out: Tensor, lse: Tensor,
     height: int, width: int, num_prefix: int, limit: int, scale: float,
-) -> None:  # fmt: skip
-    """Writes the image queries of `out` and `lse`."""
-    query, _, value, extra_key, _ = inputs
+) -> KernelCall:  # fmt: skip
+    """A call with `inputs`, `out` and `lse` writes the image queries."""
+    query, _, value, _, _ = inputs
     batch, _, heads, head_dim = query.shape
     value_dim = value.shape[3]
     launch = configs.launch_of("local_fwd", query, max(head_dim, value_dim))
     programs = launch.own_tiles(height, width)
     vector = common_vector(*inputs, out)
-    sign, factor = score_factors(scale)
-    _local_attention_fwd_kernel[(batch * heads * programs,)](
-        *inputs, out, lse, sign, factor,
-        heads, height, width, num_prefix, extra_key.shape[1], limit, 0, programs,
+    numbers = (
+        *score_factors(scale), heads, height, width, num_prefix, num_extra, limit, 0, programs,
         *strides_in_vectors(vector, *inputs, out), *lse.stride(),
-        IMAGE=True, VECTOR=vector, **launch.blocks(head_dim, value_dim),
     )  # fmt: skip
+    constants = {"IMAGE": True, "VECTOR": vector, **launch.blocks(head_dim, value_dim)}
+    grid = (batch * heads * programs,)
+    return KernelCall(_local_attention_fwd_kernel, grid, numbers, constants)
+
+
+def _plan_prefix(
+    inputs: tuple[Tensor, ...], out: Tensor, lse: Tensor, num_prefix: int, scale: float
+) -> Prefix:
+    """Dense attention of the prefix queries, the keys split."""
+    query, key, value = inputs[:3]
+    batch, num_tokens, heads, head_dim = query.shape
+    value_dim = value.shape[3]
+    launch = configs.launch_of("local_fwd", query, max(head_dim, value_dim))
+    programs = ceil_div(num_prefix, launch.own_size)
+    parts, share = configs.parts_of(num_tokens, launch.other_size, batch * heads * programs, query)
+    shape = (parts * batch, num_prefix, heads)
+    part, part_lse = out, lse
+    if parts > 1:
+        part = empty(*shape, value_dim, like=out, dtype=torch.float32)
+        part_lse = empty(*shape, like=lse)
+    vector = common_vector(query, key, value, part)
+    numbers = (
+        *score_factors(scale),
+        heads, 1, num_tokens - num_prefix, num_prefix, 0, 1, share, programs,
+        *strides_in_vectors(vector, query, key, value), 0, 0, 0, 0, 0, 0,
+        *strides_in_vectors(vector, part), *part_lse.stride(),
+    )  # fmt: skip
+    constants = {"IMAGE": False, "VECTOR": vector, **launch.blocks(head_dim, value_dim)}
+    grid = (batch * heads * programs, parts)
+    call = KernelCall(_local_attention_fwd_kernel, grid, numbers, constants)
+
+    def fill(query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor) -> None:
+        if parts == 1:
+            call(query, key, value, key, value, out, lse)
+            return
+        part = empty(*shape, value_dim, like=query, dtype=torch.float32)
+        part_lse = empty(*shape, like=lse)
+        call(query, key, value, key, value, part, part_lse)
+        merge(part, part_lse, out, lse)
+
+    return fill
+
+
+def _five(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Query, key, value, extra key and value; for absent ones, of which nothing is read, key and
+    value."""
+    return inputs if len(inputs) == 5 else (*inputs, *inputs[1:])
+
+
+class _Launches(NamedTuple):
+    image: KernelCall
+    prefix: Prefix | None
+
+
+class _Plan(NamedTuple):
+    """The launches of one layout, none for empty results: for `aligned` memory and for any."""
+
+    out_shape: tuple[int, ...]
+    copied: bool = False
+    aligned: _Launches | None = None
+    general: _Launches | None = None
+
+
+def _plan(
+    tensors: tuple[Tensor | None, ...],
+    height: int, width: int, num_prefix: int, radius: float, scale: float,
+) -> _Plan:  # fmt: skip
+    given = tuple(x for x in tensors if x is not None)
+    out_shape = (*given[0].shape[:3], given[2].shape[3])
+    if 0 in out_shape:
+        return _Plan(out_shape)
+    inputs = tuple(unit_last(x) for x in given)
+    copied = any(x is not y for x, y in zip(inputs, given, strict=True))
+    way = configs.way_of("fwd", inputs, scale)
+    num_extra = inputs[3].shape[1] if len(inputs) == 5 else 0
+    inputs = _five(inputs)
+    query, _, value, _, _ = inputs
+    out = query.new_empty(out_shape, device="meta")
+    lse = out.new_empty(out_shape[:3], dtype=torch.float32)
+    limit = configs.disc_limit(height, width, radius)
+    place = (height, width, num_prefix, limit)
+    image = general_image = _plan_image(inputs, num_extra, out, lse, *place, scale)
+    prefix = general_prefix = None
+    if way == "hopper":
+        from .hopper_fwd import plan_image  # Gluon is not in every triton
+
+        image = plan_image(inputs, num_extra, out, *place, score_factors(scale)[1])
+    if num_prefix:
+        prefix = general_prefix = _plan_prefix(inputs, out, lse, num_prefix, scale)
+        if configs.prefix_way(query, value) == "sdpa":
+            prefix = plan_prefix_sdpa(inputs, num_prefix, scale)
+    general = _Launches(general_image, general_prefix)
+    return _Plan(out_shape, copied, _Launches(image, prefix), general)
+
+
+_PLANS = Plans(_plan)
 
 
 def local_attention_fwd(
-    query: Tensor, key: Tensor, value: Tensor, extra_key: Tensor, extra_value: Tensor,
+    query: Tensor, key: Tensor, value: Tensor,
+    extra_key: Tensor | None, extra_value: Tensor | None,
     height: int, width: int, num_prefix: int, radius: float, scale: float,
+    *, memo: Memo | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The operation of `api.local_attention` on tensors that `api` has checked."""
-    out = empty(*query.shape[:3], value.shape[3], like=query)
-    lse = empty(*query.shape[:3], like=query, dtype=torch.float32)
-    if lse.numel() == 0:
-        return out, lse
-    inputs = tuple(map(unit_last, (query, key, value, extra_key, extra_value)))
-    limit = configs.disc_limit(height, width, radius)
-    with device_guard(query):
-        if configs.way_of("fwd", inputs, scale) == "hopper":
-            from .hopper_fwd import fill_image  # Gluon is not in every triton
-
-            factor = score_factors(scale)[1]
-            fill_image(inputs, out, lse, height, width, num_prefix, limit, factor)
-        else:
-            _fill_image(inputs, out, lse, height, width, num_prefix, limit, scale)
-        if num_prefix:
-            sdpa = configs.prefix_way(query, value) == "sdpa"
-            fill = _fill_prefix_sdpa if sdpa else _fill_prefix
-            fill(*inputs[:3], out, lse, num_prefix, scale)
+    tensors = (query, key, value, extra_key, extra_value)
+    plan = _PLANS(tensors, height, width, num_prefix, radius, scale, memo=memo)
+    out = empty(*plan.out_shape, like=query)
+    lse = empty(*plan.out_shape[:3], like=query, dtype=torch.float32)
+    inputs = tuple(x for x in tensors if x is not None)
+    if plan.copied:
+        inputs = tuple(unit_last(x) for x in inputs)
+    inputs = _five(inputs)
+    launches = plan.aligned if aligned(*inputs) else plan.general
+    if launches is not None:
+        with device_guard(query):
+            launches.image(*inputs, out, lse)
+            if launches.prefix is not None:
+                launches.prefix(*inputs[:3], out, lse)
     return out, lse

@@ -1,5 +1,6 @@
 """The processor of CLEAR by itself: in a stock model, its scale and its messages."""
 
+import inspect
 import math
 
 import pytest
@@ -189,3 +190,11 @@ def test_attention_makes_fewer_passes_than_the_stock_processor(batch, monkeypatc
     options = {"spatial_shape": (3, 4), "radius": 2}
     ours = count_passes(attention, image, text, image_rotary_emb=tables, **options)
     assert ours <= stock - 6
+
+
+def test_the_signature_that_diffusers_reads_is_made_once():
+    made = ClearAttnProcessor.__call__.__signature__
+    read = inspect.signature(ClearAttnProcessor().__call__)
+    assert list(read.parameters) == list(made.parameters)[1:]  # without self
+    assert {"attn", "spatial_shape", "radius", "rotary_emb"} <= set(read.parameters)
+    assert read.parameters["radius"] is made.parameters["radius"]

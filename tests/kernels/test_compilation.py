@@ -26,6 +26,7 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
         "linear_attention_bwd_quadratic_queries_hopper",
         "linear_attention_bwd_quadratic_keys_hopper",
         "local_attention_bwd_dkv_hopper",
+        "local_attention_fwd_hopper",
         "rotary_rms_norm_fwd_kernel",
     ):
         assert word in done.stdout

@@ -127,6 +127,24 @@ def test_a_box_is_a_tensor_descriptor():
         box.of(torch.zeros(129, dtype=torch.bfloat16)[1:].view(2, 64))
 
 
+def test_a_box_may_begin_within_a_tensor():
+    pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="needs Gluon")
+    from triton.experimental.gluon import language as gl
+
+    from lintra.kernels._common.boxes import Box
+
+    arguments = ([2, 64], [64, 1], [1, 64], gl.NVMMASharedLayout(128, 16, 2))
+    box = Box(*arguments, offset=192)
+    first, second = (torch.zeros(5, 64, dtype=torch.bfloat16) for _ in range(2))
+    for tensor, made in ((first, box.of(first)), (second, box.at(second)), (first, box.at(first))):
+        expected = Box(*arguments).of(tensor[3:])
+        assert made.base.data_ptr() == tensor.data_ptr() + 384 == expected.base.data_ptr()
+        assert {**vars(made), "base": None} == {**vars(expected), "base": None}
+    assert box.of(first).base.dtype == torch.bfloat16
+    with pytest.raises(AssertionError, match="aligned"):
+        Box(*arguments, offset=4).of(first)
+
+
 def test_unaligned_pointers_take_the_ordinary_way(triton):
     kernel = Kernel()
     call = call_of(kernel)

@@ -11,6 +11,7 @@ from lintra.kernels import (
     gated_add,
     layer_norm,
     linear_attention,
+    local_attention,
     token_conv2d,
 )
 from lintra.kernels._common import plans as module
@@ -143,7 +144,14 @@ def test_every_option_of_an_operation_has_its_memo() -> None:
         grid = (2, 3) if eps < 1 else (3, 2)
         return token_conv2d(v.flatten(2), weight, grid=grid, impl=impl)
 
-    for operation in (norm, adapt, gate, add, attend, convolve):
+    def attend_locally(eps: float, impl: str) -> Tensor:
+        grid = (2, 2) if eps < 1 else (1, 4)
+        options = {"grid": grid, "radius": 1 + eps, "num_prefix": 2, "scale": eps, "impl": impl}
+        return torch.cat(
+            [x.flatten() for x in local_attention(q, k, v, **options, return_lse=True)]
+        )
+
+    for operation in (norm, adapt, gate, add, attend, convolve, attend_locally):
         for eps in (0.5, 2.0, 0.5):
             expected = operation(eps, "reference")
             torch.testing.assert_close(operation(eps, "triton"), expected)
