@@ -69,6 +69,18 @@ def _is_dispatched(arguments: tuple[Any, ...]) -> bool:
     return False
 
 
+def are_plain(*tensors: torch.Tensor) -> bool:
+    """Whether these are nothing but their values, and nobody watches what is done with them."""
+    return (
+        _ANSWERED
+        and not has_torch_function(tensors)
+        and not _len_torch_dispatch_stack()
+        and not _are_functorch_transforms_active()
+        and _get_tracing_state() is None
+        and all(type(x) in _PLAIN_TENSORS and x.data_ptr() and not x.is_neg() for x in tensors)
+    )
+
+
 def register(name: str, schema: str, launcher: str, fake: Callable[..., Any]) -> Operator:
     """Defines ``lintra::<name>``.
 

@@ -1,7 +1,7 @@
 """Launch tables of linear attention: which way runs, and with which blocks.
 
 Rows of architecture 90 were measured on one H100 80GB HBM3, torch 2.11, triton 3.6, 2026-11-24; the
-others are chosen to fit.
+others are chosen to fit, as are those of the kernels for Hopper that keep or sum wide states.
 
 Keys: (architecture, bytes of an element, width = larger of D and E, rounded up); the token count
 is never one. Unlisted architectures take the row of architecture 0, which fits small memories.
@@ -58,6 +58,11 @@ FWD_MOMENTS: Table = {
     (90, 2, 192): Launch(64, 8, 3),
     (90, 2, 320): Launch(64, 4, 3),
 }
+# Places in its ring as 227 KB hold.
+FWD_MOMENTS_HOPPER: Table = {(90, 2, 288): Launch(64, 4, 4), (90, 2, 320): Launch(64, 4, 3)}
+# Tokens of a tile that passes by a state in shared memory, and bytes of that for both.
+ROWS_BLOCK = 64
+_SHARED_BYTES = 224 * 1024
 FWD_APPLY: Table = {
     (0, 2, 64): Launch(64, 4, 2),
     (0, 2, 128): Launch(64, 8, 2),
@@ -125,6 +130,7 @@ BWD_QUADRATIC_HOPPER: Table = {
 TABLES: dict[str, Table] = {
     "fwd_fused": FWD_FUSED,
     "fwd_moments": FWD_MOMENTS,
+    "fwd_moments_hopper": FWD_MOMENTS_HOPPER,
     "fwd_apply": FWD_APPLY,
     "fwd_apply_wide": FWD_APPLY_WIDE,
     "fwd_quadratic": FWD_QUADRATIC,
@@ -224,17 +230,27 @@ _QUADRATIC: dict[str, tuple[tuple[int, int, int], ...]] = {
 }
 
 
-def quadratic_kernel(query: Tensor, key: Tensor, value: Tensor) -> str:
-    """hopper: the kernels for the copy engine and the tensor cores of one architecture; general:
-    one for the forward pass only, since gradients of the linear order were faster."""
-    hopper = (
-        architecture(query.get_device()) == 90
-        and query.dtype == torch.bfloat16
-        and query.shape[3] == value.shape[3]
-        and all(x.shape[3] % 8 == 0 and copy_engine_takes(x) for x in (query, key, value))
+def _hopper_takes(*tensors: Tensor) -> bool:
+    """Whether the kernels for the copy engine and the tensor cores of Hopper take them."""
+    return (
+        architecture(tensors[0].get_device()) == 90
+        and tensors[0].dtype == torch.bfloat16
+        and all(x.shape[3] % 8 == 0 and copy_engine_takes(x) for x in tensors)
         and knows_gluon()
     )
+
+
+def quadratic_kernel(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """hopper or general: one for the forward pass only, since gradients of the linear order were
+    faster."""
+    hopper = query.shape[3] == value.shape[3] and _hopper_takes(query, key, value)
     return pin_or("quadratic_kernel", "hopper" if hopper else "general")
+
+
+def state_kernel(key: Tensor, value: Tensor) -> str:
+    """hopper or general: which kernel sweeps over tokens for a state."""
+    hopper = key.shape[3] > MAX_NARROW_DIM and _hopper_takes(key, value)
+    return pin_or("state_kernel", "hopper" if hopper else "general")
 
 
 def _is_quadratic(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -284,6 +300,63 @@ def splits_of(tokens: int, programs: int, tensor: Tensor, launch: Launch) -> tup
     blocks = -(-tokens // launch.block)
     share = -(-blocks // splits) * launch.block
     return -(-tokens // share), share
+
+
+def even_splits_of(
+    tokens: int, programs: int, tensor: Tensor, block: int, cost: int
+) -> tuple[int, int]:
+    """As `splits_of`, for programs that have a multiprocessor to themselves: as many ranges as
+    leave the fewest tiles of `block` tokens to the busiest one, where a start and an end count as
+    3 tiles and what more than one range costs as `cost`."""
+
+    def tiles(splits: int) -> int:
+        own = -(-blocks // splits) + 3 + (cost if splits > 1 else 0)
+        return -(-programs * splits // multiprocessors(tensor)) * own
+
+    blocks = -(-tokens // block)
+    splits = pin_or("splits", min(range(1, min(blocks, 64) + 1), key=tiles))
+    share = -(-blocks // splits) * block
+    return -(-tokens // share), share
+
+
+def resident_columns(width: int, columns: int, tensor: Tensor) -> tuple[int, int]:
+    """Of a state with rows of `width` numbers, how many columns a program keeps in shared memory,
+    and how many tiles of tokens beside them; (0, 0) where it has no room."""
+
+    def stages(own: int) -> int:
+        padded = sum(parts_of(own, "n", "rows_hopper", tensor.dtype))
+        rest = _SHARED_BYTES - 2 * padded * (width + 2 * ROWS_BLOCK)
+        return min(4, rest // (2 * ROWS_BLOCK * width))
+
+    width = sum(parts_of(width, "k", "rows_hopper", tensor.dtype))
+    blocks = [n for n in range(1, columns // 16 + 1) if columns % (8 * n) == 0]
+    for wanted in (3, 2):
+        for n in blocks:
+            if columns // n <= 192 and stages(columns // n) >= wanted:
+                return columns // n, stages(columns // n)
+    return 0, 0
+
+
+def query_grad_kernel(d_out: Tensor, query: Tensor) -> str:
+    """hopper or general: which kernel gives the gradient of queries of wide heads."""
+    width = sum(parts_of(query.shape[3], "d", "bwd_dq_hopper", query.dtype))
+    fits = query.shape == d_out.shape and 2 * width * (width + ROWS_BLOCK) <= _SHARED_BYTES
+    hopper = fits and _hopper_takes(query, d_out)
+    return pin_or("query_grad_kernel", "hopper" if hopper else "general")
+
+
+def rows_warps(with_gains: bool) -> int:
+    """Warps that prepare tiles, beside the eight that multiply them."""
+    # 16384 tokens, 4 heads of 288: eight take 39.2 us where there are gains to find, four 42.1;
+    # without gains or features 32.8 and 27.5, since the others have fewer registers (H200).
+    return pin_or("rows_warps", 8 if with_gains else 4)
+
+
+def rows_kernel(x: Tensor, y: Tensor) -> str:
+    """hopper or general: which kernel multiplies rows of tokens, x, by a state, to give y."""
+    wide = max(x.shape[3], y.shape[3]) > MAX_NARROW_DIM
+    hopper = wide and _hopper_takes(x, y) and resident_columns(x.shape[3], y.shape[3], x)[1] > 0
+    return pin_or("rows_kernel", "hopper" if hopper else "general")
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

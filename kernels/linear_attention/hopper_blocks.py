@@ -5,6 +5,8 @@ A head of D channels is held as two powers of two D0 + D1 >= D, as in `triton_bl
 an absent part are there in name only.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -34,10 +36,16 @@ def allocate(
     if D1 > 0:
         LAYOUT1: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * D1), 16, 2)
         t1 = gl.allocate_shared_memory(DTYPE, [PLACES, ROWS, D1], LAYOUT1)
-    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    return t0, t1, barriers(PLACES)
+
+
+@gluon.jit
+def barriers(PLACES: gl.constexpr):
+    """One for each place, which one arrival completes."""
+    result = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(PLACES):
-        mbarrier.init(full.index(i), count=1)
-    return t0, t1, full
+        mbarrier.init(result.index(i), count=1)
+    return result
 
 
 @gluon.jit
@@ -60,7 +68,7 @@ def feature(
             "{ .reg .b32 zero; mov.b32 zero, 0; max.NaN.bf16x2 $0, $1, zero; }",
             "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2,
         )  # fmt: skip
-    else:
+    elif FEATURE != "identity":
         gl.static_assert(FEATURE == "elu1")
         wide = x.to(gl.float32)
         inside = (first + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT)) < D)[None, :]
@@ -92,14 +100,55 @@ def copy(desc, place, barrier, tile, pred):
 
 
 @gluon.jit
-def load(d0, d1, t0, t1, barrier, batch, head, token, pred, W0: gl.constexpr, W1: gl.constexpr):
-    """Starts the copies of both parts of a tile."""
+def load(
+    d0, d1, t0, t1, barrier, batch, head, token, column, pred, W0: gl.constexpr, W1: gl.constexpr
+):
+    """Starts the copies of both parts of a tile, of the channels from `column` on."""
     if W1 > 0:
         mbarrier.expect(barrier, d0.block_type.nbytes + d1.block_type.nbytes, pred)
-        copy(d1, [batch, head, token, W0], barrier, t1, pred)
+        copy(d1, [batch, head, token, column + W0], barrier, t1, pred)
     else:
         mbarrier.expect(barrier, d0.block_type.nbytes, pred)
-    copy(d0, [batch, head, token, 0], barrier, t0, pred)
+    copy(d0, [batch, head, token, column], barrier, t0, pred)
+
+
+@gluon.jit
+def rows_times(x0, x1, m0, m1, none, K1: gl.constexpr, TRANSPOSED: gl.constexpr):
+    """Asks for x m, or x m^T."""
+    if TRANSPOSED:
+        m0 = m0.permute((1, 0))
+    y = warpgroup_mma(x0, m0, none, use_acc=False, is_async=True)
+    if K1 > 0:
+        if TRANSPOSED:
+            m1 = m1.permute((1, 0))
+        y = warpgroup_mma(x1, m1, y, is_async=True)
+    return y
+
+
+@gluon.jit
+def _load_part(desc, tile, barrier, row, n, k, TRANSPOSED: gl.constexpr):
+    if TRANSPOSED:
+        copy(desc, [row, n, k], barrier, tile, True)
+    else:
+        copy(desc, [row, k, n], barrier, tile, True)
+
+
+@gluon.jit
+def load_state(
+    m00_d, m01_d, m10_d, m11_d, m00_s, m01_s, m10_s, m11_s, barrier, row, column,
+    K0: gl.constexpr, K1: gl.constexpr, N0: gl.constexpr, N1: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+):  # fmt: skip
+    """Starts the copies of some columns of a state."""
+    nbytes: gl.constexpr = 2 * (K0 + K1) * (N0 + N1)
+    mbarrier.expect(barrier, nbytes, True)
+    _load_part(m00_d, m00_s, barrier, row, column, 0, TRANSPOSED)
+    if K1 > 0:
+        _load_part(m01_d, m01_s, barrier, row, column, K0, TRANSPOSED)
+    if N1 > 0:
+        _load_part(m10_d, m10_s, barrier, row, column + N0, 0, TRANSPOSED)
+        if K1 > 0:
+            _load_part(m11_d, m11_s, barrier, row, column + N0, K0, TRANSPOSED)
 
 
 @gluon.jit
@@ -140,6 +189,17 @@ def store(desc, place, tile, values):
     thread_barrier()
     shape: gl.constexpr = desc.block_type.shape
     tma.async_copy_shared_to_global(desc, place, tile._reinterpret(desc.dtype, shape, desc.layout))
+
+
+@gluon.jit
+def phi(x, FEATURE: gl.constexpr):
+    """phi as the tensor cores take it, in float32."""
+    wide = x.to(gl.float32)
+    if FEATURE == "relu":
+        wide = gl.where(wide <= 0, 0.0, wide)
+    elif FEATURE == "elu1":
+        wide = gl.where(wide > 0, wide + 1, gl.exp(wide)).to(x.dtype).to(gl.float32)
+    return wide
 
 
 @gluon.jit
@@ -186,3 +246,13 @@ def boxes_of(tensor: Tensor, rows: int, *widths: int) -> list[Box]:
         layout = gl.NVMMASharedLayout(min(128, 2 * width), 16, 4)
         boxes.append(Box(shape, strides, [1, 1, rows, width], layout))
     return boxes
+
+
+def boxes_of_state(matrix: Tensor, rows: Sequence[int], columns: Sequence[int]) -> list[Box]:
+    """Boxes of parts of (B * H, E, D); a size of 0 repeats the first."""
+    layouts = [gl.NVMMASharedLayout(min(128, 2 * (c or columns[0])), 16, 3) for c in columns]
+    return [
+        Box(matrix.shape, matrix.stride(), [1, r or rows[0], c or columns[0]], layout)
+        for r in rows
+        for c, layout in zip(columns, layouts, strict=True)
+    ]

@@ -63,15 +63,15 @@ def _linear_attention_fwd_quadratic_hopper_kernel(
     first = gl.program_id(0) % tiles * BLOCK
     batch, head = row // heads, row % heads
     count = (num_keys + STEP - 1) // STEP
-    load(q0_d, q1_d, q0_s, q1_s, q_full, batch, head, first, True, D0, D1)
+    load(q0_d, q1_d, q0_s, q1_s, q_full, batch, head, first, 0, True, D0, D1)
     for i in gl.static_range(STAGES):
         load(
             k0_d, k1_d, k0_s.index(i), k1_s.index(i), k_full.index(i),
-            batch, head, i * STEP, i < count, D0, D1,
+            batch, head, i * STEP, 0, i < count, D0, D1,
         )  # fmt: skip
         load(
             v0_d, v1_d, v0_s.index(i), v1_s.index(i), v_full.index(i),
-            batch, head, i * STEP, i < count, D0, D1,
+            batch, head, i * STEP, 0, i < count, D0, D1,
         )  # fmt: skip
 
     none = gl.zeros([BLOCK, STEP], gl.float32, S_LAYOUT)
@@ -87,7 +87,7 @@ def _linear_attention_fwd_quadratic_hopper_kernel(
         thread_barrier()
         load(
             k0_d, k1_d, k0_s.index(0), k1_s.index(0), k_full.index(0),
-            batch, head, STAGES * STEP, True, D0, D1,
+            batch, head, STAGES * STEP, 0, True, D0, D1,
         )  # fmt: skip
 
     slot, phase = 0, 0
@@ -112,11 +112,11 @@ def _linear_attention_fwd_quadratic_hopper_kernel(
             thread_barrier()
             load(
                 v0_d, v1_d, v0_s.index(old), v1_s.index(old), v_full.index(old),
-                batch, head, token, True, D0, D1,
+                batch, head, token, 0, True, D0, D1,
             )  # fmt: skip
             load(
                 k0_d, k1_d, k0_s.index(slot), k1_s.index(slot), k_full.index(slot),
-                batch, head, token + STEP, token + STEP < num_keys, D0, D1,
+                batch, head, token + STEP, 0, token + STEP < num_keys, D0, D1,
             )  # fmt: skip
 
     gains = gl.full([BLOCK], 1.0, gl.float32, gl.SliceLayout(1, S_LAYOUT)) * scale

@@ -37,6 +37,7 @@ from .hopper_blocks import (
     feature_grad,
     load,
     of_tokens,
+    phi,
     scores,
     store,
     thread_barrier,
@@ -73,17 +74,6 @@ def _no_sums(WIDTH: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def _phi(x, FEATURE: gl.constexpr):
-    """phi as the tensor cores take it, in float32."""
-    wide = x.to(gl.float32)
-    if FEATURE == "relu":
-        wide = gl.where(wide <= 0, 0.0, wide)
-    elif FEATURE == "elu1":
-        wide = gl.where(wide > 0, wide + 1, gl.exp(wide)).to(x.dtype).to(gl.float32)
-    return wide
-
-
-@gluon.jit
 def _finish_query(
     x0_s, x1_s, z0_s, z1_s, y0, y1, z0, z1, p_w, p_c, first, num_queries, scale, eps,
     D1: gl.constexpr, BLOCK: gl.constexpr, L0: gl.constexpr, L1: gl.constexpr,
@@ -96,11 +86,11 @@ def _finish_query(
     if D1 > 0:
         z1_s.store(gl.sum(z1, 0))
     thread_barrier()
-    f0 = _phi(x0_s.load(L0), FEATURE)
+    f0 = phi(x0_s.load(L0), FEATURE)
     total = gl.sum(f0 * z0_s.load(gl.SliceLayout(0, L0))[None, :], 1)
     through = gl.sum(f0 * y0, 1)
     if D1 > 0:
-        f1 = _phi(x1_s.load(L1), FEATURE)
+        f1 = phi(x1_s.load(L1), FEATURE)
         more = gl.sum(f1 * z1_s.load(gl.SliceLayout(0, L1))[None, :], 1)
         total += gl.convert_layout(more, gl.SliceLayout(1, L0))
         through += gl.convert_layout(gl.sum(f1 * y1, 1), gl.SliceLayout(1, L0))
@@ -157,15 +147,15 @@ def _gradient(
     w, c = 0.0, 0.0
 
     count = (num_others + STEP - 1) // STEP
-    load(a0_d, a1_d, a0_s, a1_s, a_full, batch, head, first, True, D0, D1)
+    load(a0_d, a1_d, a0_s, a1_s, a_full, batch, head, first, 0, True, D0, D1)
     for i in gl.static_range(STAGES):
         load(
             b0_d, b1_d, b0_s.index(i), b1_s.index(i), b_full.index(i),
-            batch, head, i * STEP, i < count, D0, D1,
+            batch, head, i * STEP, 0, i < count, D0, D1,
         )  # fmt: skip
         load(
             c0_d, c1_d, c0_s.index(i), c1_s.index(i), c_full.index(i),
-            batch, head, i * STEP, i < count, D0, D1,
+            batch, head, i * STEP, 0, i < count, D0, D1,
         )  # fmt: skip
 
     none = gl.zeros([BLOCK, STEP], gl.float32, S_LAYOUT)
@@ -190,7 +180,7 @@ def _gradient(
         thread_barrier()
         load(
             b0_d, b1_d, b0_s.index(0), b1_s.index(0), b_full.index(0),
-            batch, head, STAGES * STEP, True, D0, D1,
+            batch, head, STAGES * STEP, 0, True, D0, D1,
         )  # fmt: skip
 
     slot, phase = 0, 0
@@ -226,17 +216,17 @@ def _gradient(
             thread_barrier()
             load(
                 c0_d, c1_d, c0_s.index(old), c1_s.index(old), c_full.index(old),
-                batch, head, token, True, D0, D1,
+                batch, head, token, 0, True, D0, D1,
             )  # fmt: skip
             load(
                 b0_d, b1_d, b0, b1, b_full.index(slot),
-                batch, head, token + STEP, token + STEP < num_others, D0, D1,
+                batch, head, token + STEP, 0, token + STEP < num_others, D0, D1,
             )  # fmt: skip
 
     # Nobody reads a any more: x takes its place, and the gradient that of x.
     thread_barrier()
     if OWN_FEATURE:
-        load(x0_d, x1_d, a0_s, a1_s, a_full, batch, head, first, True, D0, D1)
+        load(x0_d, x1_d, a0_s, a1_s, a_full, batch, head, first, 0, True, D0, D1)
     s = weigh(s, w, c, WEIGHED, LESS)
     if FEATURES_FIRST:
         mbarrier.wait(c_full.index(slot), phase)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common.operators import first_derivative, needs_gradient, register
+from .._common.operators import are_plain, first_derivative, needs_gradient, register
 from .._common.plans import Memo
 
 _OPTIONS = "str feature_map, str normalizer, float scale, float eps"
@@ -21,6 +21,7 @@ def _fwd_shapes(
 def _bwd_shapes(
     d_out: Tensor, query: Tensor, key: Tensor, value: Tensor,
     feature_map: str, normalizer: str, scale: float, eps: float,
+    matrix: Tensor | None = None, key_row: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
@@ -33,8 +34,8 @@ _FWD = register(
 )
 _BWD = register(
     "linear_attention_bwd",
-    f"(Tensor d_out, Tensor query, Tensor key, Tensor value, {_OPTIONS})"
-    " -> (Tensor, Tensor, Tensor)",
+    f"(Tensor d_out, Tensor query, Tensor key, Tensor value, {_OPTIONS},"
+    " Tensor? matrix=None, Tensor? key_row=None) -> (Tensor, Tensor, Tensor)",
     f"{__package__}.triton_bwd:linear_attention_bwd",
     _bwd_shapes,
 )
@@ -43,14 +44,22 @@ _BWD = register(
 class _LinearAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
-        ctx.save_for_backward(query, key, value)
         ctx.options = options
-        return _FWD(query, key, value, *options)
+        kept: list[Tensor | None] = []
+        if not torch.compiler.is_compiling() and are_plain(query, key, value):
+            from .triton_fwd import linear_attention_fwd_keeping
+
+            out, *kept = linear_attention_fwd_keeping(query, key, value, *options)
+        else:  # a compiler has no results that are there or not
+            out = _FWD(query, key, value, *options)
+        ctx.save_for_backward(query, key, value, *kept)
+        return out
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        grads = first_derivative("linear_attention", _BWD, d_out, *inputs, *ctx.options)
+        query, key, value, *kept = ctx.saved_tensors
+        arguments = (d_out, query, key, value, *ctx.options, *kept)
+        grads = first_derivative("linear_attention", _BWD, *arguments)
         return (*grads, None, None, None, None)
 
 

@@ -471,8 +471,9 @@ def _key_side(
 def linear_attention_bwd(
     d_out: Tensor, query: Tensor, key: Tensor, value: Tensor,
     feature_map: str, normalizer: str, scale: float, eps: float,
+    matrix: Tensor | None = None, key_row: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, key and value, each contiguous."""
+    """Gradients, contiguous. `matrix` and `key_row` are a state that the forward pass has kept."""
     dq, dk, dv = (empty(*x.shape, like=x) for x in (query, key, value))
     if 0 in (*query.shape, *value.shape):
         return dq.zero_(), dk.zero_(), dv.zero_()
@@ -491,7 +492,9 @@ def linear_attention_bwd(
         query_side = query_side_wide if way == "wide" else _query_side
         key_side = key_side_wide if way == "wide" else _key_side
         shifted = normalizer == "ratio" and query.dtype == torch.float16
-        state = forward_state(key, value, feature_map, normalizer, scale, shifted)
+        state = State(matrix, key_row, key_row) if matrix is not None else forward_state(
+            key, value, feature_map, normalizer, scale, shifted
+        )  # fmt: skip
         d_state = query_side(d_out, query, dq, state, key.shape[1], *options)
         key_side(key, value, dk, dv, d_state, state, feature_map, normalizer)
     return dq, dk, dv

@@ -177,17 +177,25 @@ def query_side_wide(
     """Writes dq, returns dS with its rows: dz for ratio, sum_i do_i / N for covariance."""
     batch, num_queries, heads, _ = query.shape
     ratio = normalizer == "ratio"
+    factor = {"ratio": 1.0, "none": scale, "covariance": scale / num_keys}[normalizer]
+    settings = {"factor": factor, "count": num_keys, "centred": False, "shifted": False}
+    if normalizer != "covariance" and configs.query_grad_kernel(d_out, query) == "hopper":
+        from .hopper_query_grad import query_grad_hopper  # Gluon is not in every triton
+
+        x, dz = query_grad_hopper(
+            d_out, query, dq, state.matrix, state.key_row, feature_map, ratio, scale, eps
+        )
+        feature_map = "identity" if ratio else feature_map
+        settings |= {"feature_map": feature_map, "weighted": False, "sum_k": False}
+        return sweep(x, d_out, x, x, **settings, sum_v=False)._replace(key_row=dz)
     weight, gain = (
         empty(batch * heads, num_queries if ratio else 0, like=query, dtype=torch.float32)
         for _ in range(2)
     )
     call = _QUERY_PLANS((d_out, query, dq), feature_map, normalizer, scale, eps)
     call(d_out, query, dq, *state, weight, gain)
-    factor = {"ratio": 1.0, "none": scale, "covariance": scale / num_keys}[normalizer]
-    return sweep(
-        query, d_out, weight, gain, factor=factor, count=num_keys, feature_map=feature_map,
-        centred=False, shifted=False, weighted=ratio, sum_k=ratio, sum_v=normalizer == "covariance",
-    )  # fmt: skip
+    settings |= {"feature_map": feature_map, "weighted": ratio, "sum_k": ratio}
+    return sweep(query, d_out, weight, gain, **settings, sum_v=normalizer == "covariance")
 
 
 def _plan_keys(
@@ -222,5 +230,13 @@ def key_side_wide(
 ) -> None:  # fmt: skip
     """Writes dk and dv."""
     tensors = (key, value, dk, dv)
+    kernels = (configs.rows_kernel(key, dv), configs.rows_kernel(value, dk))
+    if normalizer != "covariance" and kernels == ("hopper", "hopper"):
+        from .hopper_rows import rows_times_state_hopper  # Gluon is not in every triton
+
+        state_rows, ratio = (d_state.matrix, d_state.key_row), normalizer == "ratio"
+        rows_times_state_hopper(key, *state_rows, dv, key, "dv", feature_map, False, 1.0, 0.0)
+        rows_times_state_hopper(value, *state_rows, dk, key, "dk", feature_map, ratio, 1.0, 0.0)
+        return
     call = _KEY_PLANS(tensors, feature_map, normalizer)
     call(*tensors, *d_state, state.key_row, state.value_row)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._common.kernel_call import KernelCall
 from .._common.launch import (
+    aligned,
     ceil_div,
     common_vector,
     device_guard,
@@ -40,7 +41,7 @@ from .triton_blocks import (
     value_shifts_of,
 )
 from .triton_quadratic import attend_quadratic
-from .triton_state import forward_state
+from .triton_state import State, forward_state
 
 
 @triton.jit
@@ -235,12 +236,14 @@ def _plan_fused(
 
 
 class _Plan(NamedTuple):
-    """The way that runs, and the launch that is all of the fused one."""
+    """The way that runs, the launch that is all of the fused one, and the kernel that applies a
+    wide state."""
 
     out_shape: tuple[int, ...]
     copied: bool
     way: str
     fused: KernelCall | None = None
+    rows: str = "general"
 
 
 def _plan(
@@ -257,7 +260,11 @@ def _plan(
     fused = None
     if way == "fused":
         fused = _plan_fused(tensors, feature_map, normalizer, scale, eps)
-    return _Plan(out_shape, copied, way, fused)
+    rows = "general"
+    if way == "wide" and normalizer != "covariance":
+        out = query.new_empty(out_shape, device="meta")
+        rows = configs.rows_kernel(tensors[0], out)
+    return _Plan(out_shape, copied, way, fused, rows)
 
 
 _PLANS = Plans(_plan)
@@ -295,16 +302,17 @@ def _plan_apply(
 _APPLY_PLANS = Plans(_plan_apply)
 
 
-def linear_attention_fwd(
+def _forward(
     query: Tensor, key: Tensor, value: Tensor,
-    feature_map: str, normalizer: str, scale: float, eps: float, *, memo: Memo | None = None,
-) -> Tensor:  # fmt: skip
-    """The operation of `api.linear_attention` on tensors that `api` has checked."""
+    feature_map: str, normalizer: str, scale: float, eps: float, memo: Memo | None,
+) -> tuple[Tensor, State | None]:  # fmt: skip
+    """The output, and the state of a way that has one outside of its kernels."""
     options = (feature_map, normalizer, scale, eps)
     plan = _PLANS((query, key, value), *options, memo=memo)
     out = empty(*plan.out_shape, like=query)
+    state = None
     if plan.way == "empty":
-        return out.zero_()
+        return out.zero_(), None
     if plan.copied:
         query, key, value = (unit_last(x) for x in (query, key, value))
     with device_guard(query):
@@ -314,6 +322,38 @@ def linear_attention_fwd(
             attend_quadratic(query, key, value, out, *options)
         else:
             state = forward_state(key, value, feature_map, normalizer, scale, shifted=False)
-            apply = _APPLY_PLANS((query, out), plan.way == "wide", *options)
-            apply(query, out, *state)
-    return out
+            if plan.rows == "hopper" and aligned(query):
+                from .hopper_rows import rows_times_state_hopper  # Gluon is not in every triton
+
+                ratio = normalizer == "ratio"
+                rows_times_state_hopper(
+                    query, state.matrix, state.key_row, out, query,
+                    "out", feature_map, ratio, scale, eps,
+                )  # fmt: skip
+            else:
+                apply = _APPLY_PLANS((query, out), plan.way == "wide", *options)
+                apply(query, out, *state)
+    return out, state
+
+
+def linear_attention_fwd(
+    query: Tensor, key: Tensor, value: Tensor,
+    feature_map: str, normalizer: str, scale: float, eps: float, *, memo: Memo | None = None,
+) -> Tensor:  # fmt: skip
+    """The operation of `api.linear_attention` on tensors that `api` has checked."""
+    return _forward(query, key, value, feature_map, normalizer, scale, eps, memo)[0]
+
+
+def linear_attention_fwd_keeping(
+    query: Tensor, key: Tensor, value: Tensor,
+    feature_map: str, normalizer: str, scale: float, eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """The output, and for wide heads the state ``(B * H, E, D)`` and z ``(B * H * D)``: a backward
+    pass that has them need not sweep over keys and values again. None where it starts from another
+    state, or would save less."""
+    out, state = _forward(query, key, value, feature_map, normalizer, scale, eps, None)
+    wide = max(query.shape[3], value.shape[3]) > configs.MAX_NARROW_DIM
+    # In float16 the backward pass has a state of values less a shift.
+    if state is None or not wide or normalizer == "covariance" or query.dtype == torch.float16:
+        return out, None, None
+    return out, state.matrix, state.key_row

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._common.kernel_call import KernelCall
-from .._common.launch import ceil_div, common_vector, empty, strides_in_vectors
+from .._common.launch import aligned, ceil_div, common_vector, empty, strides_in_vectors
 from .._common.plans import Plans
 from . import configs
 from .triton_blocks import (
@@ -238,13 +238,27 @@ def reduce_parts(
     return state
 
 
+class _Sweep(NamedTuple):
+    """The launch that sums each of `splits` ranges, and how many of the fields of `Parts` it
+    takes."""
+
+    splits: int
+    call: KernelCall
+    num_results: int
+
+
 def _plan_sweep(
     tensors: tuple[Tensor, Tensor, Tensor],
     factor: float, count: int, feature_map: str,
-    centred: bool, shifted: bool, weighted: bool, sum_k: bool, sum_v: bool,
-) -> tuple[int, KernelCall]:  # fmt: skip
-    """The number of splits, and the launch that sums each."""
+    centred: bool, shifted: bool, weighted: bool, sum_k: bool, sum_v: bool, are_aligned: bool,
+) -> _Sweep:  # fmt: skip
+    """`are_aligned` only tells plans apart: `configs.state_kernel` asks it, and no layout tells."""
     key, value, _ = tensors
+    if not (centred or shifted or sum_v) and configs.state_kernel(key, value) == "hopper":
+        from .hopper_state import plan_state_hopper
+
+        options = (factor, feature_map, weighted, sum_k)
+        return _Sweep(*plan_state_hopper(key, value, *options), num_results=2)
     batch, tokens, heads, head_dim = key.shape
     value_dim = value.shape[3]
     rows = batch * heads
@@ -272,7 +286,8 @@ def _plan_sweep(
         "num_warps": launch.warps, "num_stages": launch.stages,
     }  # fmt: skip
     grid = (rows * blocks, splits)
-    return splits, KernelCall(_linear_attention_fwd_moments_kernel, grid, numbers, constants)
+    call = KernelCall(_linear_attention_fwd_moments_kernel, grid, numbers, constants)
+    return _Sweep(splits, call, num_results=5)
 
 
 _SWEEP_PLANS = Plans(_plan_sweep)
@@ -295,17 +310,19 @@ def sweep(
 ) -> State:
     """State of (key, value), each key weighed if `weighted`; if `shifted` the state of the values
     less their shift, which is then the row of values."""
-    splits, call = _SWEEP_PLANS(
-        (key, value, weight), factor, count, feature_map, centred, shifted, weighted, sum_k, sum_v
-    )
+    splits, call, num_results = _SWEEP_PLANS(
+        (key, value, weight), factor, count, feature_map, centred, shifted, weighted, sum_k, sum_v,
+        aligned(key, value),
+    )  # fmt: skip
     rows, head_dim, value_dim = key.shape[0] * key.shape[2], key.shape[3], value.shape[3]
     if splits == 1:
         state = empty_state(rows, head_dim, value_dim, key)
         # Shifts of keys stay in the program: their place is filled, not used.
-        call(key, value, weight, gain, *state, state.key_row, state.value_row)
+        results = (*state, state.key_row, state.value_row)
+        call(key, value, weight, gain, *results[:num_results])
         return state
     parts = empty_parts(splits, rows, head_dim, value_dim, key)
-    call(key, value, weight, gain, *parts)
+    call(key, value, weight, gain, *parts[:num_results])
     state = reduce_parts(
         parts, key, factor=factor, count=count, centred=centred, sum_k=sum_k, sum_v=sum_v
     )
