@@ -17,6 +17,7 @@ FEWEST_CALLS = 5
 _CACHES = 3
 _MAX_SETS = 64
 _SLEEP_CYCLES_PER_SECOND = 2.0e9
+_WARM_SECONDS = 0.25
 _MIB = 2**20
 
 
@@ -27,7 +28,8 @@ class Limits:
     Args:
         calls: timed calls wanted, at least 20 for numbers that are reported.
         seconds: of one measurement; fewer calls, at least 5, where they would take longer.
-        warmup: calls before.
+        warmup: calls before, and as many more as a quarter of a second takes: the first calls of a
+            process find the host at another pace.
     """
 
     calls: int = MIN_CALLS
@@ -103,7 +105,9 @@ def _estimate(call: Callable[[], object], device: torch.device, warmup: int) -> 
     """Seconds that one call takes in all, and that the host takes to launch it."""
     call()  # compiles
     whole = host = 0.0
-    for _ in range(max(1, warmup)):
+    warm, count = time.perf_counter() + _WARM_SECONDS, 0
+    while count < max(1, warmup) or (device.type == "cuda" and time.perf_counter() < warm):
+        count += 1
         synchronize(device)
         start = time.perf_counter()
         call()
