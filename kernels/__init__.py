@@ -10,17 +10,20 @@ else:
     from .grouped_mlp import grouped_mlp
     from .layer_norm import layer_norm
     from .linear_attention import linear_attention
+    from .linear_attention_conv import FilterMlp, linear_attention_conv2d
     from .local_attention import local_attention
     from .rotary_rms_norm import rotary_rms_norm
     from .token_conv import token_conv2d
 
     __all__ = [
+        "FilterMlp",
         "ada_layer_norm",
         "gated_ada_layer_norm",
         "gated_add",
         "grouped_mlp",
         "layer_norm",
         "linear_attention",
+        "linear_attention_conv2d",
         "local_attention",
         "rotary_rms_norm",
         "token_conv2d",

@@ -79,11 +79,14 @@ def strides_in_vectors(vector: int, *tensors: Tensor) -> list[int]:
     return [stride // vector for tensor in tensors for stride in _outer_strides(tensor)]
 
 
+_HERE: AbstractContextManager[None] = nullcontext()
+
+
 def device_guard(tensor: Tensor) -> AbstractContextManager[None]:
     """Makes the device of `tensor` the current one: Triton launches there, whatever the tensors."""
     index = tensor.get_device()
     if index < 0 or index == torch.cuda.current_device():
-        return nullcontext()
+        return _HERE
     return torch.cuda.device(index)
 
 

@@ -10,7 +10,7 @@ from torch.overrides import has_torch_function
 
 from .plans import Memo
 
-try:  # what `_is_dispatched` asks; without an answer every call is dispatched
+try:  # what `is_dispatched` asks; without an answer every call is dispatched
     from torch._C import (
         _are_functorch_transforms_active,
         _get_tracing_state,
@@ -35,21 +35,23 @@ class Operator:
     nothing but call the launcher, the launcher is called.
     """
 
-    def __init__(self, name: str, launch: Callable[..., Any]) -> None:
+    def __init__(self, name: str, launcher: Callable[[], Callable[..., Any]]) -> None:
         self._registered = getattr(torch.ops.lintra, name).default
-        self._launch = launch
+        self._launcher = launcher
 
     def __call__(self, *arguments: Any, memo: Memo | None = None) -> Any:
         # A constant to torch.compile, which so traces the operator.
-        if torch.compiler.is_compiling() or not _ANSWERED or _is_dispatched(arguments):
+        if torch.compiler.is_compiling() or is_dispatched(arguments):
             return self._registered(*arguments)
-        return self._launch(*arguments) if memo is None else self._launch(*arguments, memo=memo)
+        launch = self._launcher()
+        return launch(*arguments) if memo is None else launch(*arguments, memo=memo)
 
 
-def _is_dispatched(arguments: tuple[Any, ...]) -> bool:
+def is_dispatched(arguments: tuple[Any, ...]) -> bool:
     """Whether the dispatcher has more to do with a call than to run the kernel of the device."""
     if (
-        has_torch_function(arguments)  # subclasses and function modes
+        not _ANSWERED
+        or has_torch_function(arguments)  # subclasses and function modes
         or _len_torch_dispatch_stack()  # FlopCounterMode, fake tensors, make_fx
         or _are_functorch_transforms_active()
         or _get_tracing_state() is not None  # torch.jit.trace
@@ -98,21 +100,19 @@ def register(name: str, schema: str, launcher: str, fake: Callable[..., Any]) ->
     def resolved() -> Callable[..., Any]:
         return getattr(import_module(module), function)
 
-    def launch(*args: Any, **options: Any) -> Any:
-        return resolved()(*args, **options)
+    def launch(*args: Any) -> Any:
+        return resolved()(*args)
 
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
     # The CPU runs kernels in Triton's interpreter; `api` lets nothing else come here.
     torch.library.impl(qualified, ("cuda", "cpu"), launch)
     torch.library.register_fake(qualified, fake)
-    return Operator(name, launch)
+    return Operator(name, resolved)
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    for x in tensors:
-        if x is not None and x.requires_grad:
-            return torch.is_grad_enabled()
-    return False
+    # First what is one question: inference asks it for every operation.
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 class _FirstDerivative(torch.autograd.Function):

@@ -47,7 +47,7 @@ def _checked(
     return why_not_triton(x, weight1, groups), Memo()
 
 
-_CALLS = Plans(_checked)
+CALLS = Plans(_checked)
 
 
 def grouped_mlp(
@@ -86,7 +86,7 @@ def grouped_mlp(
         TypeError: dtypes that are not floating point.
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
-    reason, memo = _CALLS((x, weight1, bias1, weight2, bias2), groups, impl)
+    reason, memo = CALLS((x, weight1, bias1, weight2, bias2), groups, impl)
     if needs_gradient(x, weight1, bias1, weight2, bias2):
         reason = "its kernel has no gradient"
     if impl == "triton" and reason is not None:

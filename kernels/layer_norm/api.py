@@ -28,8 +28,9 @@ def why_not_triton(x: Tensor) -> str | None:
 
 def _checked(
     tensors: tuple[Tensor, Tensor, Tensor], eps: float, impl: str
-) -> tuple[str | None, Memo]:
-    """Raises what the arguments deserve; why the kernel cannot run, None if it can."""
+) -> tuple[str | None, bool, Memo]:
+    """Raises what the arguments deserve; why the kernel cannot run, None if it can, and whether it
+    runs where no gradient is asked for."""
     check_choice("impl", impl, IMPLEMENTATIONS)
     x, weight, bias = tensors
     dimensions = max(x.ndim, 1) if isinstance(x, Tensor) else 1
@@ -38,7 +39,12 @@ def _checked(
     for name, parameter in (("weight", weight), ("bias", bias)):
         check_tensor(name, parameter, "(C)", like=x, any_dtype=True)
         check_shape(name, parameter, channels, "(C)")
-    return why_not_triton(x), Memo()
+    reason = why_not_triton(x)
+    kernel = takes_kernel(impl, x, reason)
+    if impl == "auto" and kernel:
+        # What is traced is never remembered.
+        kernel = not torch.compiler.is_compiling() and x.numel() >= MIN_TOKENS * x.shape[-1]
+    return reason, kernel, Memo()
 
 
 _CALLS = Plans(_checked)
@@ -69,14 +75,11 @@ def layer_norm(
         TypeError: dtypes that are not floating point.
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
-    reason, memo = _CALLS((x, weight, bias), eps, impl)
+    reason, kernel, memo = _CALLS((x, weight, bias), eps, impl)
     if needs_gradient(x, weight, bias):
-        reason = "its kernel has no gradient"
+        reason, kernel = "its kernel has no gradient", False
     if impl == "triton" and reason is not None:
         raise NotImplementedError(f"`impl` must not be 'triton' for layer_norm: {reason}")
-    kernel = takes_kernel(impl, x, reason)
-    if impl == "auto" and kernel:
-        kernel = not torch.compiler.is_compiling() and x.numel() >= MIN_TOKENS * x.shape[-1]
     if kernel:
         return layer_norm_triton(x, weight, bias, eps, memo)
     return layer_norm_reference(x, weight, bias, eps)

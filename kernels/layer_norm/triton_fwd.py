@@ -1,5 +1,7 @@
 """Layer normalisation of narrow tokens: several tokens a program, each read once."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,14 +36,22 @@ def _layer_norm_fwd_kernel(
     tl.store(p_o + o_x, out.to(p_o.dtype.element_ty), mask=mask)
 
 
-def _plan(tensors: tuple[Tensor, Tensor, Tensor], eps: float) -> KernelCall:
+class _Plan(NamedTuple):
+    """The launch, and whether it needs copies of its tensors."""
+
+    call: KernelCall
+    copied: bool
+
+
+def _plan(tensors: tuple[Tensor, Tensor, Tensor], eps: float) -> _Plan:
     x, _, _ = tensors
     channels = x.shape[-1]
     rows = x.numel() // channels
     block_c = 1 << (channels - 1).bit_length()
     block = max(1, _ELEMENTS // block_c)
     constants = {"C": channels, "BLOCK_C": block_c, "BLOCK": block, "num_warps": _WARPS}
-    return KernelCall(_layer_norm_fwd_kernel, (ceil_div(rows, block),), (rows, eps), constants)
+    call = KernelCall(_layer_norm_fwd_kernel, (ceil_div(rows, block),), (rows, eps), constants)
+    return _Plan(call, not all(tensor.is_contiguous() for tensor in tensors))
 
 
 _PLANS = Plans(_plan)
@@ -54,7 +64,9 @@ def layer_norm_fwd(
     out = empty(*x.shape, like=x)
     if x.numel() == 0:
         return out
-    call = _PLANS((x, weight, bias), eps, memo=memo)
+    call, copied = _PLANS((x, weight, bias), eps, memo=memo)
+    if copied:
+        x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     with device_guard(x):
-        call(x.contiguous(), weight.contiguous(), bias.contiguous(), out)
+        call(x, weight, bias, out)
     return out

@@ -50,7 +50,7 @@ def _checked(
     return takes_kernel(impl, query, reason), scale, Memo()
 
 
-_CALLS = Plans(_checked)
+CALLS = Plans(_checked)
 
 
 def linear_attention(
@@ -103,7 +103,7 @@ def linear_attention(
         TypeError: dtypes that are not floating point or differ.
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
-    kernel, scale, memo = _CALLS((query, key, value), feature_map, normalizer, scale, eps, impl)
+    kernel, scale, memo = CALLS((query, key, value), feature_map, normalizer, scale, eps, impl)
     if kernel:
         options = (feature_map, normalizer, float(scale), float(eps))
         return linear_attention_triton(query, key, value, *options, memo=memo)

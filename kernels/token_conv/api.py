@@ -58,7 +58,7 @@ def _checked(
     return takes_kernel(impl, tokens, reason), (height, width), Memo()
 
 
-_CALLS = Plans(_checked)
+CALLS = Plans(_checked)
 
 
 def token_conv2d(
@@ -105,7 +105,7 @@ def token_conv2d(
         TypeError: dtypes that are not floating point or differ.
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
-    kernel, grid, memo = _CALLS((tokens, weight, bias, residual), grid, num_prefix_tokens, impl)
+    kernel, grid, memo = CALLS((tokens, weight, bias, residual), grid, num_prefix_tokens, impl)
     if kernel:
         return token_conv2d_triton(
             tokens, weight, bias, residual, num_prefix_tokens, *grid, memo=memo

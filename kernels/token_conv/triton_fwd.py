@@ -116,7 +116,7 @@ def token_stride(tokens: Tensor) -> int:
     return tokens.stride(1) if tokens.shape[1] > 1 else tokens.shape[2]
 
 
-def _taps(weight: Tensor) -> Tensor:
+def taps_of(weight: Tensor) -> Tensor:
     """The weights as the kernel reads them: see `_tap_strides`."""
     if weight.ndim == 4 or weight.shape[2] < 5:
         return weight.contiguous()
@@ -125,7 +125,7 @@ def _taps(weight: Tensor) -> Tensor:
 
 
 def _tap_strides(weight: Tensor) -> tuple[int, int, int]:
-    """Strides of `_taps` between samples, filters and taps."""
+    """Strides of `taps_of` between samples, filters and taps."""
     filters, size = weight.shape[-3], weight.shape[-1]
     if weight.ndim == 4:
         return filters * size * size, size * size, 1
@@ -167,7 +167,7 @@ def _plan(
     return KernelCall(_token_conv2d_fwd_kernel, grid, numbers, constants)
 
 
-_PLANS = Plans(_plan)
+PLANS = Plans(_plan)
 
 
 def convolve(
@@ -179,9 +179,9 @@ def convolve(
     out = empty(*tokens.shape, like=tokens)
     if tokens.numel() == 0:
         return out
-    call = _PLANS((tokens, weight, bias, residual), prefix, height, width, flipped, memo=memo)
+    call = PLANS((tokens, weight, bias, residual), prefix, height, width, flipped, memo=memo)
     tokens = unit_last(tokens)
-    taps = _taps(weight)
+    taps = taps_of(weight)
     with device_guard(tokens):
         call(
             tokens, taps, taps if bias is None else bias.contiguous(),

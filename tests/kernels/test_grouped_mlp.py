@@ -133,7 +133,7 @@ def test_auto_takes_the_kernel_where_no_gradient_is_asked_for(monkeypatch, requi
     calls = []
     monkeypatch.setattr(api, "why_no_kernel", lambda *_: None)
     monkeypatch.setattr(api, "takes_kernel", lambda impl, x, reason: reason is None)  # a GPU
-    monkeypatch.setattr(api, "_CALLS", api._checked)
+    monkeypatch.setattr(api, "CALLS", api._checked)
     monkeypatch.setattr(api, "grouped_mlp_triton", lambda *inputs: calls.append(inputs))
     x, *rest = inputs_of(2, 2, 3, 4, 5)
     grouped_mlp(x, rest[0].requires_grad_(requires_grad), *rest[1:], groups=2)

@@ -37,7 +37,7 @@ class Names(TorchDispatchMode):
 @pytest.fixture
 def operator() -> Operator:
     """Returns the way a call goes."""
-    made = Operator("linear_attention_fwd", lambda *_: "launcher")
+    made = Operator("linear_attention_fwd", lambda: lambda *_: "launcher")
     made._registered = lambda *_: "dispatcher"
     return made
 
@@ -55,7 +55,7 @@ def test_plain_tensors_go_to_the_launcher(operator):
 
 
 def test_a_memo_goes_to_the_launcher_alone():
-    made = Operator("linear_attention_fwd", lambda *_, memo=None: memo)
+    made = Operator("linear_attention_fwd", lambda: lambda *_, memo=None: memo)
     made._registered = lambda *arguments: arguments
     x, memo = torch.ones(3), Memo()
     assert made(x, memo=memo) is memo

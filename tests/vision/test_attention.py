@@ -127,6 +127,22 @@ def test_autocast_lowers_the_dynamic_kernel(monkeypatch: pytest.MonkeyPatch) -> 
     assert made[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("method", MIXERS)
+@torch.no_grad()
+def test_another_attention_is_called(method: str) -> None:
+    class Silent(MIXERS[method]):
+        def attend(self, q, k, v, grid):
+            return torch.zeros_like(v)
+
+    usual, silent = MIXERS[method](12, 3, grid=(2, 3)), Silent(12, 3, grid=(2, 3))
+    silent.load_state_dict(usual.state_dict())
+    x = torch.randn(2, 6, 12)
+    out = silent(x)
+    assert not torch.allclose(out, usual(x))
+    usual.attend = lambda q, k, v, grid: torch.zeros_like(v)
+    assert torch.equal(out, usual(x))
+
+
 def test_dead_queries_are_finite_in_half_precision() -> None:
     mixer = SimplifiedLinearAttention(8, 1, grid=(2, 2), dtype=torch.float16)
     with torch.no_grad():

@@ -1,13 +1,13 @@
 """InLine attention: injective linear attention with a local term made from the mean token."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lintra.kernels import grouped_mlp, linear_attention
+from lintra.kernels import FilterMlp
 
 from .mixer import Grid, LinearMixer
 
@@ -40,6 +40,10 @@ class InLineAttention(LinearMixer):
             for each token.
     """
 
+    attention: ClassVar[dict[str, Any] | None] = {
+        "feature_map": "identity",
+        "normalizer": "covariance",
+    }
     reads_mean = True
 
     def __init__(
@@ -75,16 +79,16 @@ class InLineAttention(LinearMixer):
         dynamic = [] if self.reads_context else [self.residual[0]]
         return super().input_layers() + dynamic
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
+    def features(self, q: Tensor, k: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         phi = KERNEL_FUNCTIONS[self.kernel_func]
-        return linear_attention(phi(q), phi(k), v, feature_map="identity", normalizer="covariance")
+        return phi(q), phi(k)
 
-    def local_kernel(self, mean: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def local_kernel(self, mean: Tensor | None) -> tuple[Tensor | FilterMlp, Tensor | None]:
         assert mean is not None
         layers: Any = self.residual
         first, _, second = layers
         # (9 C): channels of a head one after the other, each with its nine weights.
         bias = second.bias if self.lepe is None else second.bias + self.lepe.weight.flatten()
         weights = (first.weight, first.bias, second.weight, bias)
-        kernel = grouped_mlp(mean, *weights, groups=self.num_heads).view(-1, self.dim, 3, 3)
-        return kernel, None if self.lepe is None else self.lepe.bias
+        mlp = FilterMlp(mean, *weights, groups=self.num_heads, size=3)
+        return mlp, None if self.lepe is None else self.lepe.bias

@@ -1,13 +1,13 @@
 """What the linear token mixers share: projections, spatial reduction, local term, class tokens."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import LayerNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lintra.kernels import token_conv2d
+from lintra.kernels import FilterMlp, linear_attention, linear_attention_conv2d, token_conv2d
 
 from ..fold import Foldable, NormSite
 from ..norm import NormFactory
@@ -36,6 +36,9 @@ class LinearMixer(Foldable, nn.Module):
     Raises:
         ValueError: channels that the heads do not divide.
     """
+
+    attention: ClassVar[dict[str, Any] | None] = None
+    """Options of `linear_attention`; None where `attend` is another attention."""
 
     reads_mean = False
     """Whether the local kernel is made from the mean token."""
@@ -125,12 +128,19 @@ class LinearMixer(Foldable, nn.Module):
         k, v = self._parts(self.kv(x), 2)
         return q, k, v
 
+    def features(self, q: Tensor, k: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """What `linear_attention` takes for ``q`` and for keys ``k`` that lie on `grid`."""
+        return q, k
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
         """Attention of ``q`` (B, N, H, D) over keys that lie on `grid`: (B, N, H, D)."""
-        raise NotImplementedError
+        if self.attention is None:
+            raise NotImplementedError
+        return linear_attention(*self.features(q, k, grid), v, **self.attention)
 
-    def local_kernel(self, mean: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Depthwise kernel (F, k, k) or (B, C, k, k) and bias (F) of the local term, F = C or D."""
+    def local_kernel(self, mean: Tensor | None) -> tuple[Tensor | FilterMlp, Tensor | None]:
+        """Depthwise kernel (F, k, k) or (B, C, k, k), or what makes it, and bias (F) of the local
+        term, F = C or D."""
         raise NotImplementedError
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, mean: Tensor | None, grid: Grid) -> Tensor:
@@ -143,18 +153,23 @@ class LinearMixer(Foldable, nn.Module):
             mean: ``(B, C)``, from which dynamic kernels are made; None where nothing reads it.
             grid: that of the queries.
         """
+        if mean is not None and mean.dtype != v.dtype:
+            mean = mean.to(v.dtype)  # as autocast does with what it projects
+        weight, bias = self.local_kernel(mean)
+        options: dict[str, Any] = {"grid": grid, "num_prefix_tokens": self.num_prefix_tokens}
+        is_linear = getattr(self.attend, "__func__", None) is LinearMixer.attend
+        if is_linear and self.attention is not None and self.sr_ratio == 1:
+            q, k = self.features(q, k, grid)
+            return linear_attention_conv2d(q, k, v, weight, bias, **options, **self.attention)
         out = self.attend(q, k, v, self._reduced_grid(grid)).flatten(2)
         values = v.flatten(2)
         if self.sr_ratio > 1:
             # Along the flattened tokens, not in the plane: how the official weights were trained.
             resized = F.interpolate(values.transpose(1, 2), size=q.shape[1], mode="linear")
             values = resized.transpose(1, 2).to(out.dtype)
-        if mean is not None and mean.dtype != v.dtype:
-            mean = mean.to(v.dtype)  # as autocast does with what it projects
-        weight, bias = self.local_kernel(mean)
-        return token_conv2d(
-            values, weight, bias, grid=grid, residual=out, num_prefix_tokens=self.num_prefix_tokens
-        )
+        if isinstance(weight, FilterMlp):
+            weight = weight.filters()
+        return token_conv2d(values, weight, bias, residual=out, **options)
 
     def forward(self, x: Tensor, grid: Grid | None = None, context: Tensor | None = None) -> Tensor:
         """Mixes tokens.

@@ -1,14 +1,12 @@
 """Simplified linear attention (SLA): ReLU features and a depthwise convolution of the values."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from lintra.kernels import linear_attention
 
 from .mixer import Grid, LinearMixer
 
@@ -29,6 +27,12 @@ class SimplifiedLinearAttention(LinearMixer):
     Raises:
         ValueError: an even kernel, which would move its output by half a token.
     """
+
+    attention: ClassVar[dict[str, Any] | None] = {
+        "feature_map": "relu",
+        "normalizer": "ratio",
+        "eps": 1e-6,
+    }
 
     def __init__(
         self,
@@ -76,14 +80,14 @@ class SimplifiedLinearAttention(LinearMixer):
             self.positional_encoding, new_size=list(grid), old_size=list(usual), num_prefix_tokens=0
         )
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: Grid) -> Tensor:
+    def features(self, q: Tensor, k: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         positions = self._positions(grid)
         if self.num_prefix_tokens:
             positions = F.pad(positions, (0, 0, self.num_prefix_tokens, 0))
         k = k + positions.view(*k.shape[1:])
         if k.dtype != q.dtype:
             k = k.to(q.dtype)  # a float32 table must not widen half keys
-        return linear_attention(q, k, v, feature_map="relu", normalizer="ratio", eps=1e-6)
+        return q, k
 
     def local_kernel(self, mean: Tensor | None) -> tuple[Tensor, Tensor | None]:
         dwc: Any = self.dwc
