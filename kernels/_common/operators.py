@@ -47,16 +47,21 @@ class Operator:
         return launch(*arguments) if memo is None else launch(*arguments, memo=memo)
 
 
-def is_dispatched(arguments: tuple[Any, ...]) -> bool:
-    """Whether the dispatcher has more to do with a call than to run the kernel of the device."""
-    if (
+def _is_watched(arguments: tuple[Any, ...]) -> bool:
+    """Whether anything stands between a call and its kernel."""
+    return (
         not _ANSWERED
         or has_torch_function(arguments)  # subclasses and function modes
-        or _len_torch_dispatch_stack()  # FlopCounterMode, fake tensors, make_fx
+        or bool(_len_torch_dispatch_stack())  # FlopCounterMode, fake tensors, make_fx
         or _are_functorch_transforms_active()
         or _get_tracing_state() is not None  # torch.jit.trace
-        or _profiler_enabled()  # shows operators by their names
-    ):
+    )
+
+
+def is_dispatched(arguments: tuple[Any, ...]) -> bool:
+    """Whether the dispatcher has more to do with a call than to run the kernel of the device."""
+    # The profiler shows operators by their names.
+    if _is_watched(arguments) or _profiler_enabled():
         return True
     in_graph = torch.is_grad_enabled()
     for x in arguments:
@@ -73,13 +78,8 @@ def is_dispatched(arguments: tuple[Any, ...]) -> bool:
 
 def are_plain(*tensors: torch.Tensor) -> bool:
     """Whether these are nothing but their values, and nobody watches what is done with them."""
-    return (
-        _ANSWERED
-        and not has_torch_function(tensors)
-        and not _len_torch_dispatch_stack()
-        and not _are_functorch_transforms_active()
-        and _get_tracing_state() is None
-        and all(type(x) in _PLAIN_TENSORS and x.data_ptr() and not x.is_neg() for x in tensors)
+    return not _is_watched(tensors) and all(
+        type(x) in _PLAIN_TENSORS and x.data_ptr() and not x.is_neg() for x in tensors
     )
 
 
