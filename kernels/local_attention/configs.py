@@ -21,6 +21,7 @@ from .._common.launch import (
 )
 from .._common.pinning import pin_or
 
+CUDNN_ATTENTION = "_scaled_dot_product_cudnn_attention"
 MAX_HEAD_DIM = 128
 # Squares of distances on the grid stay below 2^31, see `triton_blocks.far_outside`.
 MAX_SIDE = 16384
@@ -144,6 +145,7 @@ def prefix_way(query: Tensor, value: Tensor) -> str:
         and query.shape[3] == value.shape[3]
         and query.shape[3] % 8 == 0
         and torch.backends.cudnn.is_available()
+        and hasattr(torch, CUDNN_ATTENTION)
     )
     return pin_or("local_prefix_way", "sdpa" if sdpa else "general")
 

@@ -2,6 +2,7 @@
 results."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -16,7 +17,8 @@ from .triton_blocks import load_tokens, store_tokens
 
 # Writes the prefix queries: query, key, value, out, lse.
 Prefix = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
-_sdpa = torch._scaled_dot_product_cudnn_attention
+# No part of PyTorch's public interface: without it `configs.prefix_way` takes our own kernel.
+_sdpa: Any = getattr(torch, configs.CUDNN_ATTENTION, None)
 
 
 @triton.jit(

@@ -207,6 +207,15 @@ def test_ranges_of_keys_in_dense_attention(modules, monkeypatch, batch):
     assert len(counts) == 3
 
 
+def test_prefix_queries_have_our_kernel_where_pytorch_lacks_dense_attention(monkeypatch):
+    monkeypatch.setattr(configs, "architecture", lambda _: 90)
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    tokens = torch.empty(1, 8, 2, 16, dtype=torch.bfloat16)
+    assert configs.prefix_way(tokens, tokens) == "sdpa"
+    monkeypatch.delattr(torch, configs.CUDNN_ATTENTION)
+    assert configs.prefix_way(tokens, tokens) == "general"
+
+
 @on_gpu_or_interpreted
 @pytest.mark.parametrize("extra", [0, 6])
 def test_a_plan_serves_other_memory(modules, extra):
