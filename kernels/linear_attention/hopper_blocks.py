@@ -55,14 +55,26 @@ def advance(slot, phase, STAGES: gl.constexpr):
     return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
 
 
+@gluon.constexpr_function
+def tile_layout(width, warps):
+    """A tile of rows of `width` channels, eight a thread."""
+    lanes = min(8, width // 8)
+    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def tile_rows(width, warps, most):
+    """How many rows all warps hold together at a time, at most `most`."""
+    return min(most, 32 // min(8, width // 8) * warps)
+
+
 @gluon.jit
 def feature(
     tile, first, D: gl.constexpr, WIDTH: gl.constexpr, WARPS: gl.constexpr, FEATURE: gl.constexpr
 ):
     """phi of a tile of shared memory; zero in the padding of the channels."""
-    LANES: gl.constexpr = min(8, WIDTH // 8)
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [WARPS, 1], [1, 0])
-    x = tile.load(LAYOUT)
+    x = tile.load(tile_layout(WIDTH, WARPS))
+    LAYOUT: gl.constexpr = x.type.layout
     if FEATURE == "relu":
         x = gl.inline_asm_elementwise(
             "{ .reg .b32 zero; mov.b32 zero, 0; max.NaN.bf16x2 $0, $1, zero; }",

@@ -33,6 +33,7 @@ from .hopper_blocks import (
     rows_times,
     store,
     thread_barrier,
+    tile_layout,
     wait_for,
 )
 
@@ -48,8 +49,7 @@ def _queries(
     p_q, stride, token, stop, first, D: gl.constexpr, BLOCK: gl.constexpr, WIDTH: gl.constexpr
 ):
     """A tile in registers, sixteen bytes a load."""
-    LANES: gl.constexpr = min(8, WIDTH // 8)
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [8, 1], [1, 0])
+    LAYOUT: gl.constexpr = tile_layout(WIDTH, 8)
     o_m = token + gl.arange(0, BLOCK, gl.SliceLayout(1, LAYOUT))
     o_d = first + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
     mask = (o_m < stop)[:, None] & (o_d < D)[None, :]

@@ -31,7 +31,9 @@ from .hopper_blocks import (
     load,
     load_state,
     rows_times,
+    store,
     thread_barrier,
+    tile_layout,
     wait_for,
 )
 
@@ -39,9 +41,7 @@ from .hopper_blocks import (
 @gluon.jit
 def _row(p_row, first, D: gl.constexpr, WIDTH: gl.constexpr, WARPS: gl.constexpr):
     """Some channels of z, as `feature` lays out a tile."""
-    LANES: gl.constexpr = min(8, WIDTH // 8)
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [WARPS, 1], [1, 0])
-    o_d = first + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
+    o_d = first + gl.arange(0, WIDTH, gl.SliceLayout(0, tile_layout(WIDTH, WARPS)))
     return gl.load(p_row + o_d, mask=o_d < D, other=0.0)
 
 
@@ -76,9 +76,7 @@ def _prepare(
     BLOCK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """The warps that apply the feature map and find the gains."""
-    LANES: gl.constexpr = min(8, K0 // 8)
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [WARPS, 1], [1, 0])
-    ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    ROWS: gl.constexpr = gl.SliceLayout(1, tile_layout(K0, WARPS))
     z0, z1 = 0.0, 0.0
     if RATIO:
         z0 = _row(p_row, 0, K, K0, WARPS)
@@ -156,22 +154,13 @@ def _multiply(
             mbarrier.wait(w_full, w_phase)
             w_phase ^= 1
         y0 = _finish(y0, y0_s, p_row, gains, column, N, N0, WHICH, FEATURE, RATIO)
-        _leave(y0_d, [batch, head, token, column], y0_s, y0)
+        store(y0_d, [batch, head, token, column], y0_s, y0)
         if N1 > 0:
             y1 = _finish(y1, y1_s, p_row, gains, column + N0, N, N1, WHICH, FEATURE, RATIO)
-            _leave(y1_d, [batch, head, token, column + N0], y1_s, y1)
+            store(y1_d, [batch, head, token, column + N0], y1_s, y1)
         for _ in gl.static_range(2):
             slot, phase = advance(slot, phase, STAGES)
     tma.store_wait(0)
-
-
-@gluon.jit
-def _leave(desc, place, tile, values):
-    """Starts to write a tile through shared memory."""
-    tile.store(values.to(desc.dtype))
-    fence_async_shared()
-    shape: gl.constexpr = desc.block_type.shape
-    tma.async_copy_shared_to_global(desc, place, tile._reinterpret(desc.dtype, shape, desc.layout))
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "tokens_per_program", "rows", "heads", "scale", "eps"])

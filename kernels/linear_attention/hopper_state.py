@@ -21,7 +21,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .._common.kernel_call import KernelCall
 from .._common.launch import ceil_div
 from . import configs
-from .hopper_blocks import advance, allocate, boxes_of, copy, feature, thread_barrier
+from .hopper_blocks import (
+    advance,
+    allocate,
+    boxes_of,
+    copy,
+    feature,
+    thread_barrier,
+    tile_layout,
+    tile_rows,
+)
 
 # Value columns of a program; sixteen of them, as rows of a matrix instruction, belong to a warp.
 _COLUMNS = 128
@@ -29,17 +38,13 @@ _COLUMNS = 128
 
 @gluon.jit
 def _no_sums(WIDTH: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr):
-    LANES: gl.constexpr = min(8, WIDTH // 8)
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [WARPS, 1], [1, 0])
-    return gl.zeros([ROWS, WIDTH], gl.float32, LAYOUT)
+    return gl.zeros([ROWS, WIDTH], gl.float32, tile_layout(WIDTH, WARPS))
 
 
 @gluon.jit
 def _of_tokens(p, token, stop, WIDTH: gl.constexpr, STEP: gl.constexpr):
     """A number for each token of a tile, as `feature` lays out its rows; 0 beyond the last."""
-    LANES: gl.constexpr = min(8, WIDTH // 8)
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // LANES, LANES], [4, 1], [1, 0])
-    o_n = token + gl.arange(0, STEP, gl.SliceLayout(1, LAYOUT))
+    o_n = token + gl.arange(0, STEP, gl.SliceLayout(1, tile_layout(WIDTH, 4)))
     return gl.load(p + o_n, mask=o_n < stop, other=0.0)
 
 
@@ -107,8 +112,8 @@ def _activate(
     STEP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Four warps that make x of the keys, and z."""
-    ROWS0: gl.constexpr = min(STEP, 32 // min(8, D0 // 8) * 4)
-    ROWS1: gl.constexpr = min(STEP, 32 // min(8, max(D1, 16) // 8) * 4)
+    ROWS0: gl.constexpr = tile_rows(D0, 4, STEP)
+    ROWS1: gl.constexpr = tile_rows(max(D1, 16), 4, STEP)
     z0, z1 = 0.0, 0.0
     if SUM_K:
         z0 = _no_sums(D0, ROWS0, 4)

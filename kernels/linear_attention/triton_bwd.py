@@ -22,7 +22,7 @@ from torch import Tensor
 from .._common.kernel_call import KernelCall
 from .._common.launch import common_vector, device_guard, empty, strides_in_vectors, unit_last
 from .._common.plans import Plans
-from . import configs
+from . import configs, ways
 from .triton_blocks import (
     centre,
     empty_moments,
@@ -389,7 +389,7 @@ def _plan(
 ) -> tuple[str, KernelCall | None]:
     """The way that runs, and the launch that is all of the fused one."""
     _, query, key, value = tensors
-    way = configs.way_of("bwd", query, key, value, normalizer)
+    way = ways.way_of("bwd", query, key, value, normalizer)
     if way != "fused":
         return way, None
     launch = configs.launch_of("bwd_fused", query, max(query.shape[3], value.shape[3]))

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._common.kernel_call import KernelCall
 from .._common.launch import ceil_div, common_vector, empty, strides_in_vectors
 from .._common.plans import Plans
-from . import configs
+from . import configs, ways
 from .triton_blocks import (
     feature,
     feature_grad,
@@ -179,7 +179,7 @@ def query_side_wide(
     ratio = normalizer == "ratio"
     factor = {"ratio": 1.0, "none": scale, "covariance": scale / num_keys}[normalizer]
     settings = {"factor": factor, "count": num_keys, "centred": False, "shifted": False}
-    if normalizer != "covariance" and configs.query_grad_kernel(d_out, query) == "hopper":
+    if normalizer != "covariance" and ways.query_grad_kernel(d_out, query) == "hopper":
         from .hopper_query_grad import query_grad_hopper  # Gluon is not in every triton
 
         x, dz = query_grad_hopper(
@@ -230,7 +230,7 @@ def key_side_wide(
 ) -> None:  # fmt: skip
     """Writes dk and dv."""
     tensors = (key, value, dk, dv)
-    kernels = (configs.rows_kernel(key, dv), configs.rows_kernel(value, dk))
+    kernels = (ways.rows_kernel(key, dv), ways.rows_kernel(value, dk))
     if normalizer != "covariance" and kernels == ("hopper", "hopper"):
         from .hopper_rows import rows_times_state_hopper  # Gluon is not in every triton
 

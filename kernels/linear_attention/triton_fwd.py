@@ -23,7 +23,7 @@ from .._common.launch import (
     unit_last,
 )
 from .._common.plans import Memo, Plans
-from . import configs
+from . import configs, ways
 from .triton_blocks import (
     centre,
     folds,
@@ -256,14 +256,14 @@ def _plan(
         return _Plan(out_shape, False, "empty")
     tensors = tuple(unit_last(x) for x in tensors)
     copied = any(x is not y for x, y in zip(tensors, (query, key, value), strict=True))
-    way = configs.way_of("fwd", *tensors, normalizer)
+    way = ways.way_of("fwd", *tensors, normalizer)
     fused = None
     if way == "fused":
         fused = _plan_fused(tensors, feature_map, normalizer, scale, eps)
     rows = "general"
     if way == "wide" and normalizer != "covariance":
         out = query.new_empty(out_shape, device="meta")
-        rows = configs.rows_kernel(tensors[0], out)
+        rows = ways.rows_kernel(tensors[0], out)
     return _Plan(out_shape, copied, way, fused, rows)
 
 

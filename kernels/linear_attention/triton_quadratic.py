@@ -14,7 +14,7 @@ from torch import Tensor
 from .._common.kernel_call import KernelCall
 from .._common.launch import ceil_div, common_vector, strides_in_vectors
 from .._common.plans import Plans
-from . import configs
+from . import configs, ways
 from .triton_blocks import load_features, load_tile, store_tile
 
 
@@ -119,7 +119,7 @@ def attend_quadratic(
     feature_map: str, normalizer: str, scale: float, eps: float,
 ) -> None:  # fmt: skip
     """Fills `out`; no covariance."""
-    if configs.quadratic_kernel(query, key, value) == "hopper":
+    if ways.quadratic_kernel(query, key, value) == "hopper":
         from .hopper_quadratic import attend_quadratic_hopper  # Gluon is not in every triton
 
         attend_quadratic_hopper(query, key, value, out, feature_map, normalizer, scale, eps)

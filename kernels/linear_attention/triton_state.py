@@ -10,7 +10,7 @@ from torch import Tensor
 from .._common.kernel_call import KernelCall
 from .._common.launch import aligned, ceil_div, common_vector, empty, strides_in_vectors
 from .._common.plans import Plans
-from . import configs
+from . import configs, ways
 from .triton_blocks import (
     centre,
     folds,
@@ -252,9 +252,9 @@ def _plan_sweep(
     factor: float, count: int, feature_map: str,
     centred: bool, shifted: bool, weighted: bool, sum_k: bool, sum_v: bool, are_aligned: bool,
 ) -> _Sweep:  # fmt: skip
-    """`are_aligned` only tells plans apart: `configs.state_kernel` asks it, and no layout tells."""
+    """`are_aligned` only tells plans apart: `ways.state_kernel` asks it, and no layout tells."""
     key, value, _ = tensors
-    if not (centred or shifted or sum_v) and configs.state_kernel(key, value) == "hopper":
+    if not (centred or shifted or sum_v) and ways.state_kernel(key, value) == "hopper":
         from .hopper_state import plan_state_hopper
 
         options = (factor, feature_map, weighted, sum_k)

@@ -23,6 +23,7 @@ from lintra.kernels.ada_layer_norm.triton_fwd import (
 from lintra.kernels.grouped_mlp.triton_fwd import grouped_mlp_fwd
 from lintra.kernels.layer_norm.triton_fwd import layer_norm_fwd
 from lintra.kernels.linear_attention import configs as linear_configs
+from lintra.kernels.linear_attention import ways as linear_ways
 from lintra.kernels.linear_attention.triton_bwd import linear_attention_bwd
 from lintra.kernels.linear_attention.triton_fwd import linear_attention_fwd
 from lintra.kernels.local_attention import configs as local_configs
@@ -111,7 +112,7 @@ def rotary(dim: int, dtype: torch.dtype) -> None:
 
 driver.set_active(NoDevice())
 JITFunction.__getitem__ = compiles
-for module in (launch, linear_configs, local_configs):
+for module in (launch, linear_configs, linear_ways, local_configs):
     module.architecture = lambda index: ARCHITECTURE
 for dtype in (torch.float32, torch.bfloat16):
     convolution(8, dtype)

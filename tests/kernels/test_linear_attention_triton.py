@@ -12,7 +12,7 @@ from kernel_checks import DEVICE, assert_three_way, on_gpu_or_interpreted, poiso
 from lintra.kernels import linear_attention
 from lintra.kernels._common.launch import architecture
 from lintra.kernels._common.pinning import pinned
-from lintra.kernels.linear_attention import configs
+from lintra.kernels.linear_attention import ways
 from lintra.kernels.linear_attention.reference import FEATURE_MAPS, NORMALIZERS
 
 pytestmark = on_gpu_or_interpreted
@@ -133,15 +133,15 @@ def test_quadratic_order_of_a_fused_projection(shape, dtype):
     ],
 )
 def test_order_on_hopper(monkeypatch, queries, keys, dim, forward, backward):
-    monkeypatch.setattr(configs, "architecture", lambda index: 90)
-    monkeypatch.setattr(configs, "knows_gluon", lambda: True)
+    monkeypatch.setattr(ways, "architecture", lambda index: 90)
+    monkeypatch.setattr(ways, "knows_gluon", lambda: True)
     query, key = (torch.empty(64, n, 4, dim, dtype=torch.bfloat16) for n in (queries, keys))
     for name, way in (("fwd", forward), ("bwd", backward)):
-        assert configs.way_of(name, query, key, key, "ratio") == way
-        assert configs.way_of(name, query, key, key, "covariance") != "quadratic"
-        assert configs.way_of(name, *(x.half() for x in (query, key, key)), "ratio") != "quadratic"
+        assert ways.way_of(name, query, key, key, "ratio") == way
+        assert ways.way_of(name, query, key, key, "covariance") != "quadratic"
+        assert ways.way_of(name, *(x.half() for x in (query, key, key)), "ratio") != "quadratic"
         with pinned(quadratic_kernel="general", bwd_way="quadratic"):
-            assert configs.way_of("bwd", query, key, key, "ratio") != "quadratic"
+            assert ways.way_of("bwd", query, key, key, "ratio") != "quadratic"
 
 
 @pytest.mark.parametrize("way", WAYS)
