@@ -13,10 +13,12 @@ else:
     from .linear_attention_conv import FilterMlp, linear_attention_conv2d
     from .local_attention import local_attention
     from .rotary_rms_norm import rotary_rms_norm
+    from .stacked_linear import TensorTable, stacked_linear
     from .token_conv import token_conv2d
 
     __all__ = [
         "FilterMlp",
+        "TensorTable",
         "ada_layer_norm",
         "gated_ada_layer_norm",
         "gated_add",
@@ -26,5 +28,6 @@ else:
         "linear_attention_conv2d",
         "local_attention",
         "rotary_rms_norm",
+        "stacked_linear",
         "token_conv2d",
     ]

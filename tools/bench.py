@@ -18,6 +18,7 @@ OPERATIONS = {
     "local_attention": "local_attention",
     "ada_layer_norm": "ada_layer_norm",
     "rotary_rms_norm": "rotary_rms_norm",
+    "stacked_linear": "stacked_linear",
 }
 MODEL_NAMES = ("inline_deit", "slab_deit", "lit")
 NAMES = (*OPERATIONS, *MODEL_NAMES, "models", "clear")
@@ -44,7 +45,8 @@ def _parser() -> ArgumentParser:
         help="a shape instead of the table's, can be repeated; linear_attention: B,N,H,D;"
         " token_conv2d: B,h,w,C,k[,residual[,per_sample]]; models: pixels,batch; clear:"
         " pixels,radius; local_attention: side,radius[,H,D,prefix[,pooled]]; ada_layer_norm:"
-        " B,N,C[,gated (2: the sum alone)]; rotary_rms_norm: B,N,H,D",
+        " B,N,C[,gated (2: the sum alone)]; rotary_rms_norm: B,N,H,D;"
+        " stacked_linear: G,B,K,F",
     )
     parser.add_argument("--only", default="", help="cases whose label holds this text")
     parser.add_argument("--direction", nargs="+", choices=("fwd", "bwd", "fwd+bwd"), default=())

@@ -3,10 +3,10 @@
 from diffusers.models.attention import AttentionModuleMixin
 from torch import Tensor, nn
 
-from lintra.kernels import linear_attention, token_conv2d
+from lintra.kernels import linear_attention, linear_attention_conv2d, token_conv2d
 from lintra.kernels.linear_attention.reference import FEATURE_MAPS
 
-from ..untouched import is_unhooked
+from ..untouched import is_unhooked, is_untouched
 
 
 class LiTAttnProcessor:
@@ -38,17 +38,20 @@ class LiTAttnProcessor:
             phi = FEATURE_MAPS[feature_map]
             query, key = (phi(x) + attn.eps_features for x in (query, key))
             feature_map, eps = "identity", eps * key.shape[1]
+        dwc = attn.dwc
+        if dwc is not None and grid is None:
+            raise ValueError("`grid` must be (height, width) in tokens, got None")
         shape = (*query.shape[:2], attn.heads, -1)
-        out = linear_attention(
-            *(x.view(shape) for x in (query, key, value)),
-            feature_map=feature_map,
-            normalizer="ratio",
-            eps=eps,
-        ).flatten(2)
-        if attn.dwc is not None:
-            if grid is None:
-                raise ValueError("`grid` must be (height, width) in tokens, got None")
-            out = attn.dwc(value, grid=grid, residual=out)
+        by_head = query.view(shape), key.view(shape), value.view(shape)
+        if dwc is not None and grid is not None and is_untouched(dwc, ValueConv2d):
+            out = linear_attention_conv2d(
+                *by_head, dwc.weight.squeeze(1), dwc.bias,
+                grid=grid, feature_map=feature_map, eps=eps,
+            )  # fmt: skip
+        else:
+            out = linear_attention(*by_head, feature_map=feature_map, eps=eps).flatten(2)
+            if dwc is not None:
+                out = dwc(value, grid=grid, residual=out)
         out, dropout = attn.to_out[0](out), attn.to_out[1]
         if type(dropout) is nn.Dropout and not dropout.training and is_unhooked(dropout):
             return out  # what calling it would give, later

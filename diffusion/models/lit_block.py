@@ -25,7 +25,7 @@ class LiTBlock(nn.Module):
     arXiv:2212.09748, adaLN-Zero). What `BasicTransformerBlock` computes, with its modules and the
     names of its weights; but a normalisation, its scale and shift and the gate and sum before it
     are one pass over the tokens, and the sinusoids of the time, which all blocks share, come from
-    outside.
+    outside, as may a, g and b.
 
     Args:
         block: of a DiT, with adaLN-Zero and no cross-attention; its modules are taken over.
@@ -45,6 +45,7 @@ class LiTBlock(nn.Module):
         time_features: Tensor,
         class_labels: Tensor,
         attention_kwargs: dict[str, Any],
+        modulation: Tensor | None = None,
     ) -> Tensor:
         """One block.
 
@@ -54,14 +55,17 @@ class LiTBlock(nn.Module):
                 as `norm1.emb.time_proj` gives them.
             class_labels: ``(B,)`` int64.
             attention_kwargs: for `attn1`.
+            modulation: ``(B, 6 C)``, what the two before give `norm1`, if it is known already, see
+                `BlockConditions`.
 
         Returns:
             ``(B, N, C)``.
         """
         norm1 = self.norm1
-        condition = embed_condition(norm1.emb, time_features, class_labels)
-        modulation = norm1.linear(norm1.silu(condition)).chunk(6, dim=-1)  # (B, C) each
-        shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation
+        if modulation is None:
+            condition = embed_condition(norm1.emb, time_features, class_labels)
+            modulation = norm1.linear(norm1.silu(condition))
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)  # (B, C)
         tokens = modulated(norm1.norm, hidden_states, scale, shift)
         attended = self.attn1(tokens, **attention_kwargs)
         hidden_states, tokens = gated_modulated(

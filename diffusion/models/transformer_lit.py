@@ -12,6 +12,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .block_conditions import BlockConditions
 from .linear_blocks import LinearTransformerMixin, install_linear_attention, token_grid
 from .lit_block import LiTBlock, embed_condition
 from .modulation import modulated
@@ -112,6 +113,7 @@ class LiTTransformer2DModel(LinearTransformerMixin, AttentionMixin, DiTTransform
             conv_shared=conv_shared,
         )
         set_time_freq_shift(self, time_freq_shift)
+        self._conditions = BlockConditions()
 
     def forward(
         self,
@@ -145,8 +147,10 @@ class LiTTransformer2DModel(LinearTransformerMixin, AttentionMixin, DiTTransform
         embedding = self.transformer_blocks[0].norm1.emb
         time_features = embedding.time_proj(timestep).to(hidden_states.dtype)
 
-        for block in self.transformer_blocks:
-            arguments = (hidden_states, time_features, class_labels, attention_kwargs)
+        modulations = self._conditions(self.transformer_blocks, time_features, class_labels)
+
+        for block, modulation in zip(self.transformer_blocks, modulations, strict=True):
+            arguments = (hidden_states, time_features, class_labels, attention_kwargs, modulation)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, *arguments)
             else:

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .._common.kernel_call import KernelCall
 from .._common.launch import ceil_div
-from .._common.plans import Plans
+from .._common.plans import Memo, Plans
 from . import configs
 from .hopper_blocks import (
     advance,
@@ -282,7 +282,9 @@ _PLANS = Plans(_plan)
 def rows_times_state_hopper(
     x: Tensor, matrix: Tensor, row: Tensor, y: Tensor, keys: Tensor,
     which: str, feature_map: str, ratio: bool, scale: float, eps: float,
+    memo: Memo | None = None,
 ) -> None:  # fmt: skip
     """Fills y, ``(B, N, H, columns)``, from x ``(B, N, H, K)`` and the state `matrix`
     ``(B * H, E, D)`` with its `row`: z for ``out``, dz for ``dk``. `keys` matter to ``dk`` only."""
-    _PLANS((x, matrix, keys, y), which, feature_map, ratio, scale, eps)(x, matrix, keys, y, row)
+    call = _PLANS((x, matrix, keys, y), which, feature_map, ratio, scale, eps, memo=memo)
+    call(x, matrix, keys, y, row)

@@ -236,14 +236,16 @@ def _plan_fused(
 
 
 class _Plan(NamedTuple):
-    """The way that runs, the launch that is all of the fused one, and the kernel that applies a
-    wide state."""
+    """The way that runs, the launch that is all of the fused one, the kernel that applies a wide
+    state, and what follows for tensors that begin at boundaries."""
 
     out_shape: tuple[int, ...]
     copied: bool
     way: str
     fused: KernelCall | None = None
     rows: str = "general"
+    sweep: Memo | None = None
+    apply: Memo | None = None
 
 
 def _plan(
@@ -264,7 +266,7 @@ def _plan(
     if way == "wide" and normalizer != "covariance":
         out = query.new_empty(out_shape, device="meta")
         rows = ways.rows_kernel(tensors[0], out)
-    return _Plan(out_shape, copied, way, fused, rows)
+    return _Plan(out_shape, copied, way, fused, rows, Memo(), Memo())
 
 
 _PLANS = Plans(_plan)
@@ -321,17 +323,20 @@ def _forward(
         elif plan.way == "quadratic":
             attend_quadratic(query, key, value, out, *options)
         else:
-            state = forward_state(key, value, feature_map, normalizer, scale, shifted=False)
+            sweep, apply_memo = plan.sweep, plan.apply
+            if not aligned(query, key, value):  # a layout's plans are those of aligned tensors
+                sweep = apply_memo = None
+            state = forward_state(key, value, feature_map, normalizer, scale, False, sweep)
             if plan.rows == "hopper" and aligned(query):
                 from .hopper_rows import rows_times_state_hopper  # Gluon is not in every triton
 
                 ratio = normalizer == "ratio"
                 rows_times_state_hopper(
                     query, state.matrix, state.key_row, out, query,
-                    "out", feature_map, ratio, scale, eps,
+                    "out", feature_map, ratio, scale, eps, apply_memo,
                 )  # fmt: skip
             else:
-                apply = _APPLY_PLANS((query, out), plan.way == "wide", *options)
+                apply = _APPLY_PLANS((query, out), plan.way == "wide", *options, memo=apply_memo)
                 apply(query, out, *state)
     return out, state
 

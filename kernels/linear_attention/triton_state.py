@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._common.kernel_call import KernelCall
 from .._common.launch import aligned, ceil_div, common_vector, empty, strides_in_vectors
-from .._common.plans import Plans
+from .._common.plans import Memo, Plans
 from . import configs, ways
 from .triton_blocks import (
     centre,
@@ -228,23 +228,25 @@ def reduce_parts(
     centred: bool,
     sum_k: bool,
     sum_v: bool,
+    memo: Memo | None = None,
 ) -> State:
     """The finished state; see the kernel."""
     _, rows, value_dim, head_dim = parts.matrix.shape
     state = empty_state(rows, head_dim, value_dim, like)
     tensors = (parts.matrix, state.matrix)
-    call = _REDUCE_PLANS(tensors, factor, count, centred, sum_k, sum_v)
+    call = _REDUCE_PLANS(tensors, factor, count, centred, sum_k, sum_v, memo=memo)
     call(*parts, *state)
     return state
 
 
 class _Sweep(NamedTuple):
-    """The launch that sums each of `splits` ranges, and how many of the fields of `Parts` it
-    takes."""
+    """The launch that sums each of `splits` ranges, how many of the fields of `Parts` it takes, and
+    the plan of the sum of these."""
 
     splits: int
     call: KernelCall
     num_results: int
+    reduce: Memo
 
 
 def _plan_sweep(
@@ -258,7 +260,7 @@ def _plan_sweep(
         from .hopper_state import plan_state_hopper
 
         options = (factor, feature_map, weighted, sum_k)
-        return _Sweep(*plan_state_hopper(key, value, *options), num_results=2)
+        return _Sweep(*plan_state_hopper(key, value, *options), num_results=2, reduce=Memo())
     batch, tokens, heads, head_dim = key.shape
     value_dim = value.shape[3]
     rows = batch * heads
@@ -287,7 +289,7 @@ def _plan_sweep(
     }  # fmt: skip
     grid = (rows * blocks, splits)
     call = KernelCall(_linear_attention_fwd_moments_kernel, grid, numbers, constants)
-    return _Sweep(splits, call, num_results=5)
+    return _Sweep(splits, call, num_results=5, reduce=Memo())
 
 
 _SWEEP_PLANS = Plans(_plan_sweep)
@@ -307,12 +309,13 @@ def sweep(
     weighted: bool,
     sum_k: bool,
     sum_v: bool,
+    memo: Memo | None = None,
 ) -> State:
     """State of (key, value), each key weighed if `weighted`; if `shifted` the state of the values
     less their shift, which is then the row of values."""
-    splits, call, num_results = _SWEEP_PLANS(
+    splits, call, num_results, reduce = _SWEEP_PLANS(
         (key, value, weight), factor, count, feature_map, centred, shifted, weighted, sum_k, sum_v,
-        aligned(key, value),
+        aligned(key, value), memo=memo,
     )  # fmt: skip
     rows, head_dim, value_dim = key.shape[0] * key.shape[2], key.shape[3], value.shape[3]
     if splits == 1:
@@ -324,19 +327,21 @@ def sweep(
     parts = empty_parts(splits, rows, head_dim, value_dim, key)
     call(key, value, weight, gain, *parts[:num_results])
     state = reduce_parts(
-        parts, key, factor=factor, count=count, centred=centred, sum_k=sum_k, sum_v=sum_v
-    )
+        parts, key, factor=factor, count=count, centred=centred, sum_k=sum_k, sum_v=sum_v,
+        memo=reduce,
+    )  # fmt: skip
     return state._replace(value_row=parts.value_shift) if shifted else state
 
 
 def forward_state(
-    key: Tensor, value: Tensor, feature_map: str, normalizer: str, scale: float, shifted: bool
-) -> State:
+    key: Tensor, value: Tensor, feature_map: str, normalizer: str, scale: float, shifted: bool,
+    memo: Memo | None = None,
+) -> State:  # fmt: skip
     """The state that queries meet: S and z for ratio, s Cov and both means for covariance."""
     covariance = normalizer == "covariance"
     return sweep(
         key, value, key, key,
         factor=scale / key.shape[1] if covariance else 1.0, count=key.shape[1],
         feature_map=feature_map, centred=covariance, shifted=shifted, weighted=False,
-        sum_k=normalizer != "none", sum_v=covariance,
+        sum_k=normalizer != "none", sum_v=covariance, memo=memo,
     )  # fmt: skip

@@ -30,6 +30,8 @@ from lintra.kernels.local_attention import configs as local_configs
 from lintra.kernels.local_attention.triton_bwd import local_attention_bwd
 from lintra.kernels.local_attention.triton_fwd import local_attention_fwd
 from lintra.kernels.rotary_rms_norm.triton_fwd import rotary_rms_norm_fwd
+from lintra.kernels.stacked_linear.table import TensorTable
+from lintra.kernels.stacked_linear.triton_fwd import stacked_linear_fwd
 from lintra.kernels.token_conv.triton_bwd import token_conv2d_bwd_weight
 from lintra.kernels.token_conv.triton_fwd import token_conv2d_fwd
 
@@ -104,6 +106,16 @@ def adaptive(channels: int, dtype: torch.dtype) -> None:
     gated_add_fwd(x, update, gate)
 
 
+def stacked(batch: int, width: int, dtype: torch.dtype) -> None:
+    x, labels = torch.empty(batch, width, dtype=dtype), torch.zeros(batch, dtype=torch.int64)
+    tables = [
+        TensorTable("made", [torch.empty(shape, dtype=dtype)] * 2)
+        for shape in ((72, width), (72,), (11, 72))
+    ]
+    stacked_linear_fwd(x, *tables, labels, True)
+    stacked_linear_fwd(torch.stack([x, x]), *tables[:2], None, None, False)
+
+
 def rotary(dim: int, dtype: torch.dtype) -> None:
     query, key = (heads_outside(68, dim, dtype) for _ in range(2))
     weights, tables = torch.empty(2, dim, dtype=dtype), torch.empty(2, 68, dim)
@@ -123,6 +135,7 @@ for dim, dtype in ((16, torch.float32), (64, torch.bfloat16)):
     local(dim, dtype)
     mlp(dim, dtype)
     rotary(2 * dim, dtype)
+    stacked(dim, 8 * dim, dtype)  # at 64 samples the most memory
 with pinned(fwd_way="wide", bwd_way="wide"):
     linear(288, torch.bfloat16, *LINEAR)
     linear(320, torch.bfloat16, LINEAR[0])  # the most memory

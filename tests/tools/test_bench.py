@@ -49,9 +49,8 @@ def test_an_operation(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert tuple(found[0]) == report.CSV_COLUMNS
     ours = [row for row in found if row["impl"] == OURS]
     # The kernels of these have no gradient.
-    directions = (
-        {"fwd"} if name in ("ada_layer_norm", "rotary_rms_norm") else {"fwd", "bwd", "fwd+bwd"}
-    )
+    forward_only = ("ada_layer_norm", "rotary_rms_norm", "stacked_linear")
+    directions = {"fwd"} if name in forward_only else {"fwd", "bwd", "fwd+bwd"}
     assert {row["direction"] for row in ours} == directions
     for row in ours:
         assert row["op"] == name
@@ -242,6 +241,7 @@ def test_a_wrong_implementation_has_no_speed(
         (["ada_layer_norm", "--shape", "1,2"], r"`shape` must be B,N,C.* got \(1, 2\)"),
         (["ada_layer_norm", "--shape", "1,2,3,3"], r"`shape` must be .*, gated 0, 1 or 2, got .*"),
         (["rotary_rms_norm", "--shape", "1,2"], r"`shape` must be B,N,H,D, .* got \(1, 2\)"),
+        (["stacked_linear", "--shape", "1,2"], r"`shape` must be G,B,K,F, .* got \(1, 2\)"),
         (["lit", "--shape", "30,1"], r"`shape` must be pixels .* got \(30, 1\)"),
         (["clear", "--shape", "40,8"], r"`shape` must be pixels,radius, pixels a .* got \(40, 8\)"),
         (["clear", "--training"], "`training` must not be set for clear, .*"),

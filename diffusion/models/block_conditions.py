@@ -1,0 +1,193 @@
+"""What time and class say to the blocks of a LiT, for all blocks at once."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+import torch
+from diffusers.models.embeddings import LabelEmbedding, TimestepEmbedding
+from torch import Tensor, nn
+
+from lintra.kernels import TensorTable, stacked_linear
+
+from ..untouched import has_global_hooks, is_unhooked, on_gpu
+
+# What makes the condition of a block, and of which kind each part must be.
+_PARTS: dict[str, type[nn.Module]] = {
+    "norm1.emb.timestep_embedder": TimestepEmbedding,
+    "norm1.emb.timestep_embedder.linear_1": nn.Linear,
+    "norm1.emb.timestep_embedder.act": nn.SiLU,
+    "norm1.emb.timestep_embedder.linear_2": nn.Linear,
+    "norm1.emb.class_embedder": LabelEmbedding,
+    "norm1.emb.class_embedder.embedding_table": nn.Embedding,
+    "norm1.silu": nn.SiLU,
+    "norm1.linear": nn.Linear,
+}
+_LINEARS = [name for name, kind in _PARTS.items() if kind is nn.Linear]
+_LABELS = "norm1.emb.class_embedder"
+_ROWS = "norm1.emb.class_embedder.embedding_table"
+# Options of these modules that a DiT leaves out.
+_EXTRAS = ("cond_proj", "post_act", "max_norm")
+# More samples keep the GPU busy while the host calls the blocks' own layers, which cuBLAS is better
+# at than a kernel that reads weights once for 64 samples.
+_MAX_BATCH = 128
+
+
+class BlockConditions:
+    """``m_l = W_l silu(time_l + label_l) + b_l`` of every block l by three launches.
+
+    A block's own layers are eight calls on a few numbers each, a third of what the host does for a
+    block, and eager inference waits for the host. Computed so wherever calling them is no more than
+    that: on a GPU, without gradients, nothing hooked, adapted, quantised or compiled as a whole.
+
+    Belongs to one model, and is no part of its state.
+    """
+
+    def __init__(self) -> None:
+        self._layers: _Layers | None = None
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()  # a copy of the model has its own tensors
+
+    def __call__(
+        self, blocks: nn.ModuleList, time_features: Tensor, class_labels: Tensor | None
+    ) -> Sequence[Tensor | None]:
+        """The modulation of each block.
+
+        Args:
+            blocks: of `LiTBlock`.
+            time_features: ``(B, 256)``, see `LiTBlock`.
+            class_labels: ``(B,)`` int64.
+
+        Returns:
+            ``(B, 6 C)`` for each block, or None for a block that has to compute it.
+        """
+        layers = self._usable(blocks, time_features, class_labels)
+        if layers is None or class_labels is None:
+            return [None] * len(blocks)
+        return layers(time_features, class_labels)
+
+    def _usable(
+        self, blocks: nn.ModuleList, time_features: Tensor, class_labels: Tensor | None
+    ) -> "_Layers | None":
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or not on_gpu(time_features)
+            or torch.is_autocast_enabled(time_features.device.type)
+            or class_labels is None
+            or class_labels.dtype != torch.int64
+            or class_labels.device != time_features.device
+            or class_labels.shape != time_features.shape[:1]
+            or len(class_labels) > _MAX_BATCH
+            or has_global_hooks()
+        ):
+            return None
+        if self._layers is None or not self._layers.are_current(blocks):
+            capturing = time_features.is_cuda and torch.cuda.is_current_stream_capturing()
+            # No graph may hold the sending of addresses, nor an address that is gone tomorrow.
+            self._layers = None if capturing else _layers_of(blocks)
+        layers = self._layers
+        if (
+            layers is None
+            or layers.dtype != time_features.dtype
+            or layers.device != time_features.device
+            or layers.drop_labels()
+        ):
+            return None
+        return layers
+
+
+class _Layers:
+    """The layers of all blocks by kind, and what must stay so that they are what blocks call.
+
+    Raises:
+        ValueError: layers that differ in shape or device from block to block.
+        TypeError: or in dtype.
+    """
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        self._blocks, self._count = blocks, len(blocks)
+        parts = [{name: block.get_submodule(name) for name in _PARTS} for block in blocks]
+        modules = [*blocks, *(module for part in parts for module in part.values())]
+        # Dictionaries that modules keep for life: to look into them costs a tenth of asking
+        # hundreds of modules for their attributes.
+        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._insides = [module.__dict__ for module in modules]
+        self._places = [(blocks._modules, str(index), block) for index, block in enumerate(blocks)]
+        self._places += [place for block in blocks for place in _places_of(block)]
+        self._label_embedders: list[Any] = [part[_LABELS] for part in parts]
+        wanted = [(name, kind) for name in _LINEARS for kind in ("weight", "bias")]
+        self._sources, self._tables = [], []
+        for name, kind in [*wanted, (_ROWS, "weight")]:
+            source: list[tuple[dict[str, Any], str]]
+            source = [(part[name]._parameters, kind) for part in parts]
+            self._sources.append(source)
+            self._tables.append(TensorTable(name, [place[kind] for place, _ in source]))
+        first = self._tables[0]
+        self.dtype, self.device = first.dtype, first.device
+        if any(table.dtype != self.dtype for table in self._tables):
+            raise TypeError("the layers of a block differ in dtype")
+        if any(table.device != self.device for table in self._tables):
+            raise ValueError("the layers of a block differ in device")
+
+    def are_current(self, blocks: nn.ModuleList) -> bool:
+        return (
+            blocks is self._blocks
+            and len(blocks) == self._count
+            and all(place.get(name) is module for place, name, module in self._places)
+            and not any(self._hooks)
+            and not any("forward" in inside for inside in self._insides)
+            and all(
+                table.is_current([place.get(kind) for place, kind in source])
+                for table, source in zip(self._tables, self._sources, strict=True)
+            )
+        )
+
+    def drop_labels(self) -> bool:
+        """Whether some block embeds "no class" in place of labels, by chance."""
+        return any(x.training and x.dropout_prob > 0 for x in self._label_embedders)
+
+    def __call__(self, time_features: Tensor, class_labels: Tensor) -> Sequence[Tensor]:
+        weight_1, bias_1, weight_2, bias_2, weight, bias, rows = self._tables
+        hidden = stacked_linear(time_features, weight_1, bias_1, silu=True)
+        condition = stacked_linear(
+            hidden, weight_2, bias_2, rows=rows, labels=class_labels, silu=True
+        )
+        return stacked_linear(condition, weight, bias).unbind()
+
+
+def _places_of(block: nn.Module) -> Iterable[tuple[dict[str, Any], str, nn.Module]]:
+    """Where each part and its parents hang: in which dictionary, under which name."""
+    for path, module in block.named_modules():
+        if path and any(f"{part}.".startswith(f"{path}.") for part in _PARTS):
+            parent, _, name = path.rpartition(".")
+            yield block.get_submodule(parent)._modules, name, module
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether calling the parts of `block` is the forward of a stock DiT's with their weights."""
+    if not is_unhooked(block):
+        return False
+    for name, kind in _PARTS.items():
+        try:
+            part = block.get_submodule(name)
+        except AttributeError:
+            return False
+        parameters = part._parameters.values()
+        if type(part) is not kind or not is_unhooked(part):
+            return False
+        if any(type(x) is not nn.Parameter for x in parameters):  # none, quantised, sharded
+            return False
+        if any(getattr(part, extra, None) is not None for extra in _EXTRAS):
+            return False
+    return True
+
+
+def _layers_of(blocks: nn.ModuleList) -> _Layers | None:
+    """None where a block has other layers than a stock DiT's, or others than the next block."""
+    if not all(map(_is_plain, blocks)):
+        return None
+    try:
+        return _Layers(blocks)
+    except (TypeError, ValueError):
+        return None

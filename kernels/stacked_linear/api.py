@@ -1,0 +1,115 @@
+"""Signature, checks and choice of implementation of stacked linear layers."""
+
+import torch
+from torch import Tensor
+
+from .._common.checks import IMPLEMENTATIONS, check_choice, check_tensor
+from .._common.launch import takes_kernel, why_no_kernel
+from .._common.operators import are_plain, needs_gradient
+from .reference import stacked_linear_reference
+from .table import TensorTable
+
+
+def _check_table(
+    name: str, table: TensorTable, weights: TensorTable, shape: tuple[int, ...]
+) -> None:
+    if len(table) != len(weights) or tuple(table.shape) != shape:
+        raise ValueError(
+            f"`{name}` must be {len(weights)} of shape {shape},"
+            f" got {len(table)} of {tuple(table.shape)}"
+        )
+    if table.dtype != weights.dtype:
+        raise TypeError(f"`{name}` must have dtype {weights.dtype}, got {table.dtype}")
+    if table.device != weights.device:
+        raise ValueError(f"`{name}` must be on {weights.device}, got {table.device}")
+
+
+def _check(
+    x: Tensor, weights: TensorTable, biases: TensorTable,
+    rows: TensorTable | None, labels: Tensor | None, impl: str,
+) -> None:  # fmt: skip
+    """Raises what the arguments deserve."""
+    check_choice("impl", impl, IMPLEMENTATIONS)
+    if len(weights.shape) != 2:
+        raise ValueError(f"`weights` must have shape (F, K), got {tuple(weights.shape)}")
+    count, (outputs, width) = len(weights), weights.shape
+    check_tensor("x", x, "(G, B, K)" if x.ndim == 3 else "(B, K)")
+    if x.dtype != weights.dtype:
+        raise TypeError(f"`x` must have dtype {weights.dtype}, got {x.dtype}")
+    if x.device != weights.device:
+        raise ValueError(f"`x` must be on {weights.device}, got {x.device}")
+    if x.shape[-1] != width or (x.ndim == 3 and len(x) != count):
+        raise ValueError(
+            f"`x` must have shape (B, {width}) or ({count}, B, {width}), got {tuple(x.shape)}"
+        )
+    _check_table("biases", biases, weights, (outputs,))
+    if (rows is None) != (labels is None):
+        raise ValueError("`rows` and `labels` must be given together")
+    if rows is None or labels is None:
+        return
+    _check_table("rows", rows, weights, (rows.shape[0], outputs))
+    if labels.shape != x.shape[-2:-1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"`labels` must be {x.shape[-2]} of int64, got {tuple(labels.shape)} of {labels.dtype}"
+        )
+    if labels.device != x.device:
+        raise ValueError(f"`labels` must be on {x.device}, got {labels.device}")
+
+
+def stacked_linear(
+    x: Tensor,
+    weights: TensorTable,
+    biases: TensorTable,
+    *,
+    rows: TensorTable | None = None,
+    labels: Tensor | None = None,
+    silu: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """``y_g = f(x_g W_g^T + b_g + T_g[labels])``, f is silu or nothing, for G linear layers.
+
+    The layers have one shape each of weights, biases and rows, but lie anywhere: those of the
+    blocks of a transformer, say. A DiT makes so the scales, shifts and gates of its blocks from the
+    time and the class (Peebles and Xie 2023, arXiv:2212.09748, adaLN-Zero); three launches do it
+    for all of them instead of eight a block.
+
+    Args:
+        x: ``(G, B, K)``, or ``(B, K)`` for all layers the same; any floating dtype.
+        weights: G of ``(F, K)``, in the dtype of x.
+        biases: G of ``(F)``, likewise.
+        rows: G tables ``(R, F)`` likewise, of which `labels` picks a row for each sample, or None.
+        labels: ``(B)``, int64, 0 to R - 1.
+        silu: whether f is silu.
+        impl: ``auto``, ``reference`` (PyTorch) or ``triton``. ``auto`` takes the Triton kernel on
+            CUDA for float16, bfloat16 and float32 where no gradient is asked for, nothing traces
+            and all tensors are contiguous and begin at multiples of 16 bytes.
+
+    Returns:
+        ``(G, B, F)`` in the dtype of x. Sums of products are float32 (float64 for float64 inputs),
+        also under autocast, and rounded before rows are added and before silu, as modules would.
+        With a label that is none, the kernel makes a row of NaN; PyTorch raises.
+
+    Raises:
+        ValueError: shapes, counts or devices disagree, rows without labels, an unknown `impl`.
+        TypeError: dtypes that are not floating point or differ.
+        NotImplementedError: ``impl="triton"`` cannot run here.
+    """
+    _check(x, weights, biases, rows, labels, impl)
+    tables = [weights, biases] if rows is None else [weights, biases, rows]
+    inputs = [x] if labels is None else [x, labels]
+    reason = why_no_kernel(x)
+    if torch.is_grad_enabled() and needs_gradient(x, *(y for t in tables for y in t.tensors)):
+        reason = "its kernel has no gradient"
+    if reason is None and not all(table.is_plain for table in tables):
+        reason = "its kernel needs contiguous tensors that begin at multiples of 16 bytes"
+    traced = torch.compiler.is_compiling() or (x.numel() and not are_plain(*inputs))
+    if reason is None and traced:
+        reason = "its kernel takes addresses, which a tracer does not have"
+    if impl == "triton" and reason is not None:
+        raise NotImplementedError(f"`impl` must not be 'triton' for stacked_linear: {reason}")
+    if takes_kernel(impl, x, reason):
+        from .triton_fwd import stacked_linear_fwd
+
+        return stacked_linear_fwd(x, weights, biases, rows, labels, silu)
+    tensors = None if rows is None else rows.tensors
+    return stacked_linear_reference(x, weights.tensors, biases.tensors, tensors, labels, silu)

@@ -1,0 +1,215 @@
+"""Conditions of all blocks at once: what blocks compute themselves, and when blocks have to."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from lintra.diffusion.models import block_conditions
+from tiny_models import tiny_lit
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """As on a GPU; the list of calls of `stacked_linear`."""
+    calls = []
+
+    def recorded(*args, **kwargs):
+        calls.append(kwargs)
+        return block_conditions_stacked_linear(*args, **kwargs)
+
+    block_conditions_stacked_linear = block_conditions.stacked_linear
+    monkeypatch.setattr(block_conditions, "on_gpu", lambda _: True)
+    monkeypatch.setattr(block_conditions, "stacked_linear", recorded)
+    return calls
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return tiny_lit().eval()
+
+
+def predict(model, dtype=torch.float32, batch=3):
+    generator = torch.Generator().manual_seed(1)
+    size, classes = model.config.sample_size, model.config.num_embeds_ada_norm
+    latents = torch.randn(batch, model.config.in_channels, size, size, generator=generator)
+    steps = torch.randint(1000, (batch,), generator=generator)
+    labels = torch.randint(classes, (batch,), generator=generator)
+    return model(latents.to(dtype), steps, labels).sample
+
+
+def blockwise(model, monkeypatch, **kwargs):
+    with monkeypatch.context() as patch:
+        patch.setattr(block_conditions, "on_gpu", lambda _: False)
+        return predict(model, **kwargs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_equals_blocks(launches, model, monkeypatch, dtype):
+    model.to(dtype)
+    expected = blockwise(model, monkeypatch, dtype=dtype)
+    assert not launches
+    torch.testing.assert_close(predict(model, dtype), expected)
+    assert len(launches) == 3
+    predict(model, dtype)
+    assert len(launches) == 6
+
+
+@torch.no_grad()
+def test_follows_weights(launches, model, monkeypatch):
+    """Changed in place, moved, of another dtype, and replaced."""
+    predict(model)
+    linear = model.transformer_blocks[1].norm1.linear
+
+    def change():
+        linear.weight.mul_(2)
+
+    def move():
+        linear.weight.data = linear.weight.data * 3
+
+    def replace():
+        linear.bias = nn.Parameter(torch.ones_like(linear.bias))
+
+    def replace_module():
+        model.transformer_blocks[0].norm1.linear = copy.deepcopy(linear)
+
+    for step in (change, move, replace, replace_module):
+        before = predict(model)
+        step()
+        expected = blockwise(model, monkeypatch)
+        assert not torch.equal(before, expected), step.__name__
+        launches.clear()
+        torch.testing.assert_close(predict(model), expected)
+        assert len(launches) == 3, step.__name__
+    model.half()
+    torch.testing.assert_close(
+        predict(model, torch.float16), blockwise(model, monkeypatch, dtype=torch.float16)
+    )
+
+
+def _hook(model):
+    model.transformer_blocks[1].norm1.linear.register_forward_pre_hook(lambda *_: None)
+
+
+def _hook_block(model):
+    model.transformer_blocks[1].register_forward_hook(lambda *_: None)
+
+
+def _own_forward(model):
+    part = model.transformer_blocks[0].norm1.emb.timestep_embedder
+    part.forward = type(part).forward.__get__(part)
+
+
+def _subclass(model):
+    class Adapted(nn.Linear):
+        pass
+
+    embedder = model.transformer_blocks[1].norm1.emb.timestep_embedder
+    embedder.linear_2 = Adapted(embedder.linear_2.in_features, embedder.linear_2.out_features)
+
+
+def _no_bias(model):
+    model.transformer_blocks[1].norm1.linear.bias = None
+
+
+def _drop_labels(model):
+    model.transformer_blocks[0].norm1.emb.class_embedder.train()
+
+
+def _other_width(model):
+    """A second block whose time embedding is narrower inside."""
+    embedder = model.transformer_blocks[1].norm1.emb.timestep_embedder
+    embedder.linear_1 = nn.Linear(embedder.linear_1.in_features, 5)
+    embedder.linear_2 = nn.Linear(5, embedder.linear_2.out_features)
+
+
+CHANGES = [_hook, _hook_block, _own_forward, _subclass, _no_bias, _drop_labels, _other_width]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda x: x.__name__[1:])
+def test_blocks_are_asked(launches, model, change, known):
+    """Where calling the layers is more than their product, before or after the first pass."""
+    if known:
+        predict(model)
+        assert len(launches) == 3
+        launches.clear()
+    change(model)
+    predict(model)
+    assert not launches
+
+
+def test_blocks_are_asked_with_gradients_autocast_or_many_samples(launches, model):
+    predict(model)
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            predict(model)
+        predict(model, batch=block_conditions._MAX_BATCH + 1)
+        assert not launches
+        predict(model)
+    assert len(launches) == 3
+
+
+@torch.no_grad()
+def test_lora_on_a_modulation(launches, model):
+    from peft import LoraConfig
+
+    predict(model)
+    plain = predict(model)
+    model.add_adapter(
+        LoraConfig(r=2, target_modules=["norm1.linear"], init_lora_weights=False), "lora"
+    )
+    launches.clear()
+    assert not torch.equal(predict(model), plain)
+    assert not launches
+    model.delete_adapters("lora")
+
+
+@torch.no_grad()
+def test_copies_have_their_own(launches, model):
+    out = predict(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        model.transformer_blocks[0].norm1.linear.weight.add_(1)
+        assert torch.equal(predict(twin), out)
+    assert not any("_conditions" in name for name in model.state_dict())
+
+
+@torch.no_grad()
+def test_compiled_blocks_take_them(launches, model, monkeypatch):
+    from lintra.diffusion.compilation import compile_blocks
+
+    expected = blockwise(model, monkeypatch)
+    compile_blocks(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(predict(model), expected)
+    assert len(launches) == 3
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_the_gpu(dtype):
+    from lintra.diffusion.models.transformer_lit import LiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model = LiTTransformer2DModel(
+        num_layers=4, num_attention_heads=4, attention_head_dim=64, sample_size=16
+    )
+    model.eval().to("cuda", dtype)
+    for batch in (1, 32):
+        latents = torch.randn(batch, 4, 16, 16, device="cuda", dtype=dtype)
+        steps = torch.randint(1000, (batch,), device="cuda")
+        labels = torch.randint(1001, (batch,), device="cuda")
+        features = model.transformer_blocks[0].norm1.emb.time_proj(steps).to(dtype)
+        together = model._conditions(model.transformer_blocks, features, labels)
+        assert together[0] is not None
+        for block, modulation in zip(model.transformer_blocks, together, strict=True):
+            norm = block.norm1
+            embedded = norm.emb.timestep_embedder(features) + norm.emb.class_embedder(labels)
+            expected = norm.linear(norm.silu(embedded))
+            torch.testing.assert_close(modulation, expected, rtol=2e-2, atol=2e-3)
+        assert model(latents, steps, labels).sample.isfinite().all()

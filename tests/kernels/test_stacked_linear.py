@@ -1,0 +1,172 @@
+"""Stacked linear layers: the layers they stand for, the kernel against them, the contract."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from kernel_checks import DEVICE, on_gpu_or_interpreted, poisoned
+from lintra.kernels import TensorTable, stacked_linear
+
+__all__ = ["poisoned"]
+HALVES = [torch.float16] if DEVICE == "cpu" else [torch.float16, torch.bfloat16]
+# G, B, K, F, rows of a table (0: none), x shared, silu.
+CASES = [
+    (1, 1, 16, 8, 0, True, False),
+    (3, 5, 64, 72, 11, True, True),
+    (2, 33, 200, 130, 4, False, False),
+    (4, 2, 24, 64, 0, False, True),
+    (2, 70, 32, 16, 3, True, True),
+]
+
+
+def inputs_of(groups, batch, width, outputs, rows, shared, silu, dtype=torch.float32):
+    """x, and the options of the operation: tables of tensors that lie apart."""
+
+    def table(*shape, scale=1.0):
+        made = [torch.randn(*shape).mul(scale).to(DEVICE, dtype) for _ in range(groups)]
+        return TensorTable("made", made)
+
+    x = torch.randn(*(() if shared else (groups,)), batch, width).to(DEVICE, dtype)
+    options = {"silu": silu}
+    if rows:
+        options["rows"] = table(rows, outputs)
+        options["labels"] = torch.randint(rows, (batch,), device=DEVICE)
+    return x, table(outputs, width, scale=width**-0.5), table(outputs), options
+
+
+def by_modules(x, weights, biases, options, dtype):
+    """Layer by layer in `dtype`, rounding where modules of it would."""
+    outs = []
+    for g, (weight, bias) in enumerate(zip(weights.tensors, biases.tensors, strict=True)):
+        out = F.linear((x if x.ndim == 2 else x[g]).to(dtype), weight.to(dtype), bias.to(dtype))
+        if "rows" in options:
+            out = out + options["rows"].tensors[g].to(dtype)[options["labels"]]
+        outs.append(F.silu(out) if options["silu"] else out)
+    return torch.stack(outs)
+
+
+def assert_close(out, inputs):
+    x, weights, biases, options = inputs
+    exact = by_modules(x, weights, biases, options, torch.float64)
+    plain = by_modules(x, weights, biases, options, x.dtype)
+    assert out.dtype == x.dtype
+    assert out.shape == exact.shape
+    allowed = 2 * (plain.double() - exact).abs().max()
+    allowed = allowed + 2 * torch.finfo(x.dtype).eps * exact.abs().max()
+    assert (out.double() - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_reference(case, dtype):
+    inputs = inputs_of(*case, dtype)
+    *tensors, options = inputs
+    assert_close(stacked_linear(*tensors, **options, impl="reference"), inputs)
+
+
+@on_gpu_or_interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_kernel(case, dtype):
+    inputs = inputs_of(*case, dtype)
+    *tensors, options = inputs
+    assert_close(stacked_linear(*tensors, **options, impl="triton"), inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 8, 32, 64, 100])
+@pytest.mark.parametrize("sizes", [(256, 1152), (1152, 6912), (384, 2304)], ids=str)
+def test_sizes_of_lit(batch, sizes):
+    inputs = inputs_of(28, batch, *sizes, 1001, False, True, torch.bfloat16)
+    *tensors, options = inputs
+    assert_close(stacked_linear(*tensors, **options, impl="triton"), inputs)
+    assert_close(stacked_linear(*tensors, **options), inputs)  # launched directly
+
+
+@on_gpu_or_interpreted
+def test_a_strange_label_is_seen():
+    x, weights, biases, options = inputs_of(2, 3, 16, 16, 4, True, False)
+    options["labels"] = torch.tensor([0, 4, -1], device=DEVICE)
+    out = stacked_linear(x, weights, biases, **options, impl="triton")
+    assert out[:, 1:].isnan().all()
+    assert out[:, 0].isfinite().all()
+
+
+@on_gpu_or_interpreted
+@pytest.mark.parametrize("shape", [(0, 16), (2, 0, 16)])
+def test_no_samples(shape):
+    _, weights, biases, _ = inputs_of(2, 1, 16, 8, 0, True, False)
+    out = stacked_linear(torch.zeros(shape, device=DEVICE), weights, biases, impl="triton")
+    assert out.shape == (2, 0, 8)
+
+
+def test_gradients_take_the_reference():
+    x, weights, biases, _ = inputs_of(2, 3, 16, 8, 0, True, False)
+    weights.tensors[1].requires_grad_()
+    stacked_linear(x, weights, biases).sum().backward()
+    torch.testing.assert_close(weights.tensors[1].grad, x.sum(0).expand(8, 16))
+    with pytest.raises(NotImplementedError, match="stacked_linear: .*"):
+        stacked_linear(x, weights, biases, impl="triton")
+
+
+def test_a_table_knows_its_tensors():
+    tensors = [torch.zeros(2, 4) for _ in range(3)]
+    table = TensorTable("weights", tensors)
+    assert table.is_current(tensors)
+    assert table.is_plain
+    assert table.addresses().tolist() == [x.data_ptr() for x in tensors]
+    moved = tensors[1].data
+    tensors[1].data = torch.zeros(2, 4)
+    assert not table.is_current(tensors)
+    tensors[1].data = moved
+    assert table.is_current(tensors)
+    assert not table.is_current([*tensors[:2], tensors[2].clone()])
+    assert not table.is_current(tensors[:2])
+    assert not table.is_current([*tensors[:2], None])
+    assert not TensorTable("weights", [torch.zeros(4, 2).t()]).is_plain
+    assert not TensorTable("weights", [torch.zeros(9)[1:]]).is_plain
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error", "message"),
+    [
+        ([], ValueError, "`weights` must hold at least one tensor, got none"),
+        ([torch.zeros(2), torch.zeros(3)], ValueError, "one shape and device"),
+        ([torch.zeros(2), torch.zeros(2, device="meta")], ValueError, "one shape and device"),
+        ([torch.zeros(2), torch.zeros(2).half()], TypeError, "one dtype"),
+    ],
+)
+def test_bad_tables(tensors, error, message):
+    with pytest.raises(error, match=message):
+        TensorTable("weights", tensors)
+
+
+def _changed(**changes):
+    x, weights, biases, options = inputs_of(2, 3, 16, 8, 5, True, False)
+    made = {"x": x, "weights": weights, "biases": biases, **options}
+    return {**made, **{name: change(made) for name, change in changes.items()}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"x": lambda _: torch.zeros(3, 8)}, ValueError, r"`x` must have shape \(B, 16\)"),
+        ({"x": lambda _: torch.zeros(3, 3, 16)}, ValueError, "`x` must have shape"),
+        ({"x": lambda _: torch.zeros(3, 16).half()}, TypeError, "`x` must have dtype"),
+        ({"biases": lambda m: m["weights"]}, ValueError, "`biases` must be 2 of shape"),
+        (
+            {"biases": lambda _: TensorTable("b", [torch.zeros(8).half()] * 2)},
+            TypeError,
+            "`biases` must have dtype",
+        ),
+        ({"labels": lambda _: None}, ValueError, "must be given together"),
+        ({"labels": lambda _: torch.zeros(3)}, ValueError, "`labels` must be 3 of int64"),
+        ({"labels": lambda _: torch.zeros(4).long()}, ValueError, "`labels` must be 3 of int64"),
+        ({"impl": lambda _: "cuda"}, ValueError, "`impl` must be one of"),
+        ({"weights": lambda m: m["biases"]}, ValueError, r"`weights` must have shape \(F, K\)"),
+    ],
+)
+def test_bad_input(changes, error, message):
+    with pytest.raises(error, match=message):
+        stacked_linear(**_changed(**changes))
