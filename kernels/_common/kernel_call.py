@@ -7,6 +7,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .direct_launch import DirectLaunch
+
 if TYPE_CHECKING:
     from .boxes import Box
 
@@ -52,8 +54,8 @@ class KernelCall:
         self._constants = constants
         self._boxes = tuple(boxes)
         self._only_boxes = only_boxes
-        # What never changes between direct launches; None before the first.
-        self._direct: tuple[Any, ...] | None = None
+        # None before the first, and where there is none.
+        self._direct: DirectLaunch | None = None
 
     def __call__(self, *tensors: Tensor) -> None:
         pointers = [x.data_ptr() for x in tensors]
@@ -63,13 +65,7 @@ class KernelCall:
             bits |= pointer
         aligned = bits % _ALIGNMENT == 0
         if aligned and self._direct is not None and not _watched():
-            run, grid, stream_of, device, function, metadata, rest = self._direct
-            # Within a CUDA graph or another stream, the current one is theirs.
-            stream = stream_of(device)
-            if self._boxes:
-                boxes = [box.at(tensors[index]) for index, box in self._boxes]
-                pointers[: self._only_boxes] = boxes
-            run(*grid, stream, function, metadata, None, None, None, *pointers, *rest)
+            self._direct(tensors, pointers)
             return
         arguments = (
             *(box.of(tensors[index]) for index, box in self._boxes),
@@ -80,7 +76,7 @@ class KernelCall:
         if aligned and self._direct is None:
             self._direct = self._prepared(compiled, len(arguments))
 
-    def _prepared(self, compiled: Any, count: int) -> tuple[Any, ...] | None:
+    def _prepared(self, compiled: Any, count: int) -> DirectLaunch | None:
         """The direct launch of `compiled`, None where there is none: the interpreter compiles
         nothing, AMD's kernels are also compiled for the size of a tensor's memory."""
         parts = [getattr(compiled, name, None) for name in ("run", "function", "packed_metadata")]
@@ -90,12 +86,10 @@ class KernelCall:
             return None
         if any(name not in self._constants for name in names):
             return None
-        run, function, metadata = parts
-        driver = triton.runtime.driver.active
         rest = (*self._numbers, *(self._constants[name] for name in names))
         grid = (*self._grid, 1, 1)[:3]
-        device = driver.get_current_device()
-        return run, grid, driver.get_current_stream, device, function, metadata, rest
+        driver = triton.runtime.driver.active
+        return DirectLaunch(compiled, grid, driver, self._boxes, self._only_boxes, rest)
 
 
 def _watched() -> bool:
