@@ -104,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _settings(options: Namespace) -> "Settings":
     import torch
 
-    from .benchmark.runner import Settings, open_device
+    from .benchmark.device import open_device
+    from .benchmark.runner import Settings
     from .benchmark.timing import Limits
 
     for name in ("calls", "seconds", "budget"):

@@ -25,8 +25,9 @@ class Peer:
     """A way to compute a case.
 
     Args:
-        prepare: makes the function that is timed; called once for all directions and off the
-            clock, so it may build masks or compile. What it raises is reported in its cells.
+        prepare: makes the function that is timed; called off the clock, so it may build masks or
+            compile. It leaves torch.compile's caches alone, in which another may have its code:
+            the runner empties them. What it raises is reported in its cells.
         is_compiled: costs seconds of torch.compile; `--no-compile` leaves it out.
     """
 
@@ -55,8 +56,10 @@ class Case:
             over the peer; "memory of PEER": highest multiple of the peer's memory.
         directions: those to measure.
         images: of one call, for a model; 0 where nobody counts them.
-        counts_launches: the time of a call is what a user waits for, as many a small model in eager
-            mode waits for its host; otherwise launches are queued off the clock.
+        takes_turns: ours and the peers are prepared together and timed in turns, launches included,
+            see `turns`: for models, which may wait for a host that changes its pace. They should
+            fit into the memory together, and have the directions "fwd" or "step" only. Otherwise
+            one is timed after the other and launches are queued off the clock.
     """
 
     op: str
@@ -74,7 +77,10 @@ class Case:
     targets: Mapping[tuple[str, str], float] = field(default_factory=dict)
     directions: tuple[str, ...] = DIRECTIONS
     images: int = 0
-    counts_launches: bool = False
+    takes_turns: bool = False
+
+    def __post_init__(self) -> None:
+        assert not self.takes_turns or {"fwd", "step"}.issuperset(self.directions)
 
     def __str__(self) -> str:
         return " ".join(dict.fromkeys([self.op, self.group, self.shape]))
@@ -83,12 +89,7 @@ class Case:
 def compiled(function: Run, **options: Any) -> Peer:
     """`function` under torch.compile."""
 
-    def prepare() -> Run:
-        # Without it the eighth shape of a process meets the recompile limit and runs eagerly.
-        torch._dynamo.reset()
-        return torch.compile(function, dynamic=False, **options)
-
-    return Peer(prepare, is_compiled=True)
+    return Peer(lambda: torch.compile(function, dynamic=False, **options), is_compiled=True)
 
 
 def eager(function: Run) -> Peer:

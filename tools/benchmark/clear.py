@@ -130,7 +130,7 @@ def build(
         peers=peers,
         targets=targets,
         directions=("fwd",),
-        counts_launches=True,
+        takes_turns=True,
     )
 
 

@@ -66,7 +66,6 @@ def _prepare(make: Callable[[], nn.Module], mode: Mode) -> Run:
     model = make().to(mode.device, torch.float32 if mode.training else mode.dtype)
     model.train(mode.training).requires_grad_(mode.training)
     if mode.compile_mode is not None:
-        torch._dynamo.reset()
         # Block by block, both models: a whole XL takes minutes to compile, and is as fast.
         compile_blocks(model, dynamic=False, mode=mode.compile_mode)
     return step_of(model, model, mode) if mode.training else partial(forward_of, model)
@@ -105,7 +104,7 @@ def build(name: str, size: tuple[int, int, int, int], side: int, batch: int, mod
         targets={} if mode.tiny else targets,
         directions=("step" if mode.training else "fwd",),
         images=batch,
-        counts_launches=True,
+        takes_turns=True,
     )
 
 

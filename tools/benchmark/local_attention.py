@@ -89,7 +89,6 @@ def flex_peer(side: int, radius: float, prefix: int) -> Peer:
         return create_block_mask(visible, None, None, tokens, tokens, device, _compile=True)
 
     def prepare() -> Run:
-        torch._dynamo.reset()
         flex = torch.compile(flex_attention, dynamic=False)
 
         def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -83,7 +83,6 @@ def _prepare(make: Callable[[Mode], nn.Module], mode: Mode) -> Run:
     model.train(mode.training).requires_grad_(mode.training)
     call: Callable[..., Any] = model
     if mode.compile_mode is not None:
-        torch._dynamo.reset()
         call = torch.compile(model, dynamic=False, mode=mode.compile_mode)
     return step_of(model, call, mode) if mode.training else partial(forward_of, call)
 
@@ -130,7 +129,7 @@ def build(name: str, side: int, batch: int, speedup: float, mode: Mode) -> Case:
         targets={} if mode.training or not speedup else {("fwd", peer): speedup},
         directions=(direction,),
         images=batch,
-        counts_launches=True,
+        takes_turns=True,
     )
 
 

@@ -1,17 +1,18 @@
 """Runs cases: check, then every implementation in every direction, as rows for the report."""
 
-import contextlib
-import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .accuracy import check
-from .case import ATTENTION_FACTOR, FLOOR_FACTOR, OURS, PEAK_FLOPS, Case, Peer
-from .timing import Limits, Times, copy_bandwidth, measure, num_sets, synchronize
+from .case import ATTENTION_FACTOR, FLOOR_FACTOR, OURS, PEAK_FLOPS, Case, Peer, Run
+from .device import release, short
+from .timing import Limits, Times, copy_bandwidth, measure, num_sets
+from .turns import time_in_turns
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,6 @@ class Settings:
     say: Callable[[str], None] = print
 
 
-def open_device(name: str) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        ValueError: this machine has none.
-    """
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`device` must be one of this machine, got {name!r}") from error
-
-
 class CheckFailed(Exception):
     """Our implementation is wrong: there is no speed to report."""
 
@@ -95,19 +84,29 @@ def run_cases(cases: Sequence[Case], settings: Settings) -> tuple[float, list[Ro
     bandwidth = copy_bandwidth(settings.device, settings.limits)
     started = time.monotonic()
     rows: list[Row] = []
-    # What compiles is slow to start, so it comes last: a spent budget costs no other row.
+
+    def skipped(name: str, peer: Peer) -> str:
+        if peer.is_compiled and not settings.use_compile:
+            return "skipped: --no-compile"
+        late = time.monotonic() - started > settings.budget
+        return "skipped: budget" if late and name != OURS else ""
+
+    # What compiles is slow to start, so it comes last: a spent budget costs no other row. A case
+    # whose implementations take turns is not split, and comes last if one of them compiles.
     for is_compiled in (False, True):
         for case in cases:
             wanted = {n: p for n, p in case.peers.items() if n in (settings.peers or case.peers)}
             entries = {OURS: case.ours, **wanted}
-            chosen = {n: p for n, p in entries.items() if p.is_compiled == is_compiled}
-            if is_compiled and not settings.use_compile:
-                rows += _failed(case, chosen, settings, bandwidth, "skipped: --no-compile")
+            if case.takes_turns:
+                compiles = settings.use_compile and any(p.is_compiled for p in entries.values())
+                if compiles == is_compiled:
+                    rows += _in_turns(case, entries, settings, bandwidth, skipped)
                 continue
-            for name, peer in chosen.items():
-                late = time.monotonic() - started > settings.budget
-                if late and name != OURS:
-                    rows += _failed(case, {name: peer}, settings, bandwidth, "skipped: budget")
+            for name, peer in entries.items():
+                if peer.is_compiled != is_compiled:
+                    continue
+                if reason := skipped(name, peer):
+                    rows += _failed(case, name, settings, bandwidth, reason)
                     continue
                 settings.say(f"timing: {case}: {name}")
                 rows += _timed(case, name, peer, settings, bandwidth)
@@ -148,12 +147,11 @@ def _directions(case: Case, settings: Settings) -> list[str]:
 
 
 def _failed(
-    case: Case, names: dict[str, Peer], settings: Settings, bandwidth: float, error: str
+    case: Case, name: str, settings: Settings, bandwidth: float, error: str
 ) -> Iterator[Row]:
-    for name in names:
-        for direction in _directions(case, settings):
-            floor = _floor_ms(case, direction, settings, bandwidth)
-            yield Row(case, name, direction, None, floor, error)
+    for direction in _directions(case, settings):
+        floor = _floor_ms(case, direction, settings, bandwidth)
+        yield Row(case, name, direction, None, floor, error)
 
 
 def _sets(case: Case, settings: Settings) -> list[list[Tensor]]:
@@ -166,24 +164,20 @@ def _sets(case: Case, settings: Settings) -> list[list[Tensor]]:
 def _timed(
     case: Case, name: str, peer: Peer, settings: Settings, bandwidth: float
 ) -> Iterator[Row]:
+    if peer.is_compiled:
+        # Without it the eighth shape of a process meets the recompile limit and runs eagerly.
+        torch._dynamo.reset()
     try:
         run = peer.prepare()
     except Exception as error:  # a peer that fails is a result, and so is ours
         release(settings.device)
-        yield from _failed(case, {name: peer}, settings, bandwidth, short(error))
+        yield from _failed(case, name, settings, bandwidth, short(error))
         return
     for direction in _directions(case, settings):
         floor = _floor_ms(case, direction, settings, bandwidth)
         try:
             sets = _sets(case, settings)
-            times = measure(
-                run,
-                direction,
-                sets,
-                settings.device,
-                settings.limits,
-                counts_launches=case.counts_launches,
-            )
+            times = measure(run, direction, sets, settings.device, settings.limits)
             row = Row(case, name, direction, times, floor)
         except Exception as error:
             row = Row(case, name, direction, None, floor, short(error))
@@ -196,18 +190,41 @@ def _timed(
     release(settings.device)
 
 
-def release(device: torch.device) -> None:
-    """Gives the memory of the last case back."""
-    if device.type == "cuda":
-        gc.collect()
-        with contextlib.suppress(RuntimeError):  # an error of the last case may surface here
-            synchronize(device)
-        torch.cuda.empty_cache()
+def _in_turns(
+    case: Case,
+    entries: Mapping[str, Peer],
+    settings: Settings,
+    bandwidth: float,
+    skipped: Callable[[str, Peer], str],
+) -> Iterator[Row]:
+    def prepare(name: str) -> Run:
+        settings.say(f"timing: {case}: {name}")
+        return entries[name].prepare()
 
-
-def short(error: BaseException) -> str:
-    """One line about an error for a cell of a table."""
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return "out of memory"
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:120].replace("|", "/")
+    # As among cases, what compiles comes last.
+    ordered = sorted(entries, key=lambda name: entries[name].is_compiled)
+    for direction in _directions(case, settings):
+        results: dict[str, Times | str]
+        try:
+            sets = _sets(case, settings)
+            results = time_in_turns(
+                {name: partial(prepare, name) for name in ordered},
+                direction,
+                sets,
+                settings.device,
+                settings.limits,
+                skipped=lambda name: skipped(name, entries[name]),
+                say=settings.say,
+            )
+        except Exception as error:  # of the inputs
+            results = dict.fromkeys(ordered, short(error))
+        sets = []
+        release(settings.device)
+        floor = _floor_ms(case, direction, settings, bandwidth)
+        for name, result in results.items():
+            if isinstance(result, str):
+                row = Row(case, name, direction, None, floor, result)
+            else:
+                row = Row(case, name, direction, result, floor)
+                settings.say(f"  {direction}: {name}: {result.p50:.4f} ms")
+            yield row

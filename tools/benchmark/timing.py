@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .case import Run
+from .device import Peak, cache_bytes, synchronize
 
 MIN_CALLS = 20
 # A call that is too slow for MIN_CALLS within the limit is still measured this often.
@@ -18,6 +19,8 @@ _CACHES = 3
 _MAX_SETS = 64
 _SLEEP_CYCLES_PER_SECOND = 2.0e9
 _WARM_SECONDS = 0.25
+# A call of more needs no long warm-up, and its start is nothing beside the rest.
+SLOW_SECONDS = 1.0
 _MIB = 2**20
 
 
@@ -59,17 +62,6 @@ def quantiles(samples: Sequence[float]) -> tuple[float, float, float]:
     return p20, p50, p80
 
 
-def cache_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).L2_cache_size
-    return 0
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 class Clock:
     """Times single calls on one device."""
 
@@ -101,12 +93,17 @@ class Clock:
         return [*self._samples, *(start.elapsed_time(end) for start, end in self._events)]
 
 
-def _estimate(call: Callable[[], object], device: torch.device, warmup: int) -> tuple[float, float]:
-    """Seconds that one call takes in all, and that the host takes to launch it."""
-    call()  # compiles
+def warm_up(
+    call: Callable[[], object], device: torch.device, least: int = 1
+) -> tuple[float, float]:
+    """Calls at least so often, and on a GPU for a quarter of a second; a slow call once.
+
+    Returns:
+        Seconds that the last call took in all, and that the host took to launch it.
+    """
     whole = host = 0.0
     warm, count = time.perf_counter() + _WARM_SECONDS, 0
-    while count < max(1, warmup) or (device.type == "cuda" and time.perf_counter() < warm):
+    while count < max(1, least) or (device.type == "cuda" and time.perf_counter() < warm):
         count += 1
         synchronize(device)
         start = time.perf_counter()
@@ -114,9 +111,14 @@ def _estimate(call: Callable[[], object], device: torch.device, warmup: int) -> 
         launched = time.perf_counter()
         synchronize(device)
         whole, host = time.perf_counter() - start, launched - start
-        if whole > 1:  # a slow call needs no long warm-up
+        if whole > SLOW_SECONDS:
             break
     return whole, host
+
+
+def times_of(clock: Clock, peak_bytes: int) -> Times:
+    samples = clock.samples()
+    return Times(*quantiles(samples), len(samples), peak_bytes / _MIB)
 
 
 def num_calls(limits: Limits, seconds_a_call: float) -> int:
@@ -130,18 +132,15 @@ def measure(
     sets: Sequence[list[Tensor]],
     device: torch.device,
     limits: Limits,
-    *,
-    counts_launches: bool = False,
 ) -> Times:
-    """Times `run` in one direction over sets of inputs that take turns.
+    """Times `run` by itself in one direction, over sets of inputs that take turns.
 
     Args:
-        run: called with a set; in direction ``step`` it does its own backward.
-        direction: a key of FLOOR_FACTOR.
+        run: called with a set.
+        direction: ``fwd``, ``bwd`` or ``fwd+bwd``.
         sets: inputs, see `num_sets`.
         device: of the inputs.
         limits: how often.
-        counts_launches: do not wait for the host to queue a call before it runs.
 
     ``bwd`` has the forwards of a round of sets behind it, off the clock, before its first backward
     starts: none finds what its forward left in the cache.
@@ -160,26 +159,19 @@ def measure(
         with torch.no_grad():
             return run(*sets[index])
 
-    def step(index: int) -> object:
-        return run(*sets[index])
-
     def both(index: int) -> object:
         return backward(index, run(*sets[index]))
 
     clock = Clock(device)
-    single = {"fwd": forward, "step": step}.get(direction, both)
-    seconds, host = _estimate(lambda: single(0), device, limits.warmup)
-    if counts_launches:
-        host = 0.0
+    single = forward if direction == "fwd" else both
+    single(0)  # compiles
+    seconds, host = warm_up(lambda: single(0), device, limits.warmup)
     calls = num_calls(limits, seconds)
-    synchronize(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    peak = Peak(device)
     if direction == "bwd":
         # The peak of one forward and backward; the rounds below hold several graphs at once.
         both(0)
-        peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
+        peak_bytes = peak.bytes()
         for start in range(0, calls, len(sets)):
             outs = [run(*sets[index]) for index in indices[: calls - start]]
             for index in range(len(outs)):
@@ -189,9 +181,8 @@ def measure(
     else:
         for _, index in zip(range(calls), cycle(indices), strict=False):
             clock.time(lambda i=index: single(i), host)  # type: ignore[misc]
-        peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else 0
-    samples = clock.samples()
-    return Times(*quantiles(samples), len(samples), peak / _MIB)
+        peak_bytes = peak.bytes()
+    return times_of(clock, peak_bytes)
 
 
 def num_sets(inputs: Sequence[Tensor], device: torch.device) -> int:
@@ -206,7 +197,8 @@ def copy_bandwidth(device: torch.device, limits: Limits) -> float:
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     clock = Clock(device)
-    _, host = _estimate(lambda: target.copy_(source), device, limits.warmup)
+    target.copy_(source)
+    _, host = warm_up(lambda: target.copy_(source), device, limits.warmup)
     for _ in range(limits.calls):
         clock.time(lambda: target.copy_(source), host)
     return 2 * size / (quantiles(clock.samples())[1] * 1e-3)
