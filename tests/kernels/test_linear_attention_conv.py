@@ -3,11 +3,12 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from kernel_checks import DEVICE, on_gpu_or_interpreted, poisoned
 from lintra.kernels import FilterMlp, linear_attention, linear_attention_conv2d, token_conv2d
 from lintra.kernels._common.plans import Plans
-from lintra.kernels.linear_attention_conv import api
+from lintra.kernels.linear_attention_conv import api, launches
 
 __all__ = ["poisoned"]
 BATCH, GRID, HEADS, HEAD_DIM, PREFIX = 2, (3, 4), 2, 8, 1
@@ -43,18 +44,19 @@ def by_three(q: Tensor, k: Tensor, v: Tensor, weight, bias, **attention) -> Tens
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[api._Plan]:
+def made(monkeypatch: pytest.MonkeyPatch) -> list[launches._Plan]:
     """As on a GPU; the plans that were launched."""
     made = []
 
-    def launched(plan: api._Plan, *arguments) -> Tensor:
+    def launched(plan: launches._Plan, *arguments) -> Tensor:
         made.append(plan)
         return launch(plan, *arguments)
 
-    launch = api._launched
-    monkeypatch.setattr(api, "_launched", launched)
-    monkeypatch.setattr(api, "_PLANS", Plans(api._plan))
-    for each in (api.attention_api, api.conv_api, api.mlp_api):
+    launch = launches.launched
+    monkeypatch.setattr(launches, "launched", launched)
+    monkeypatch.setattr(launches, "PLANS", Plans(launches._plan))
+    monkeypatch.setattr(api, "_is_one_operator", lambda _: True)
+    for each in (launches.attention_api, launches.conv_api, launches.mlp_api):
         monkeypatch.setattr(each, "CALLS", Plans(each._checked))
         monkeypatch.setattr(each, "takes_kernel", lambda impl, x, reason: reason is None)
     return made
@@ -64,7 +66,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[api._Plan]:
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("kind", ["shared", "own", "sample", "made"])
 @pytest.mark.parametrize("attention", [INLINE, {}], ids=["inline", "sla"])
-def test_it_is_the_three_operations(launches, kind, attention):
+def test_it_is_the_three_operations(made, kind, attention):
     for biased in (False, True, True):  # planned, planned, remembered
         q, k, v = qkv_of()
         weight = filters_of(kind)
@@ -72,12 +74,12 @@ def test_it_is_the_three_operations(launches, kind, attention):
         bias = torch.randn(filters, device=DEVICE) if biased else None
         out = linear_attention_conv2d(q, k, v, weight, bias, **OPTIONS, **attention)
         assert torch.equal(out, by_three(q, k, v, weight, bias, **attention))
-    assert len(launches) == 3
-    assert launches[1] is launches[2]
+    assert len(made) == 3
+    assert made[1] is made[2]
 
 
 @on_gpu_or_interpreted
-def test_other_layouts_are_composed(launches):
+def test_other_layouts_are_composed(made):
     q, k, v = qkv_of()
     apart = torch.randn(BATCH, HEADS, v.shape[1], HEAD_DIM, device=DEVICE).transpose(1, 2)
     weight, bias = filters_of("own"), torch.randn(2 * CHANNELS, device=DEVICE)[::2]
@@ -85,12 +87,12 @@ def test_other_layouts_are_composed(launches):
         out = linear_attention_conv2d(q, k, value, weight, shift, **OPTIONS)
         assert torch.equal(out, by_three(q, k, value, weight, shift))
     assert linear_attention_conv2d(*qkv_of(0), mlp_of(0), **OPTIONS).shape == (0, 13, CHANNELS)
-    assert not launches
+    assert not made
 
 
 @on_gpu_or_interpreted
 @pytest.mark.parametrize("kind", ["own", "made"])
-def test_gradients_are_those_of_the_three(launches, kind):
+def test_gradients_are_those_of_the_three(made, kind):
     inputs = [x.requires_grad_() for x in qkv_of()]
     weight = filters_of(kind)
     out = linear_attention_conv2d(*inputs, weight, **OPTIONS, **INLINE)
@@ -102,10 +104,10 @@ def test_gradients_are_those_of_the_three(launches, kind):
         strict=True,
     ):
         assert torch.equal(got, want)
-    assert not launches
+    assert not made
     with torch.no_grad():
         assert torch.equal(linear_attention_conv2d(*inputs, weight, **OPTIONS, **INLINE), out)
-    assert len(launches) == 1
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("kind", ["own", "made"])
@@ -118,6 +120,52 @@ def test_compiles_without_breaks(kind):
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q), run(q))
+
+
+@on_gpu_or_interpreted
+@pytest.mark.parametrize("kind", ["shared", "sample", "made"])
+def test_a_graph_holds_one_operator(made, kind):
+    """Of any length of tokens, without a gradient; with one the three are in it."""
+    weight = filters_of(kind)
+    bias = None if kind == "made" else torch.randn(weight.shape[-3], device=DEVICE)
+    counted = CompileCounterWithBackend("aot_eager")
+
+    def run(q: Tensor, k: Tensor, v: Tensor, height: int) -> Tensor:
+        grid = (height, GRID[1])
+        return linear_attention_conv2d(q, k, v, weight, bias, grid=grid, **INLINE)
+
+    compiled = torch.compile(run, fullgraph=True, backend=counted, dynamic=True)
+    graphs = set()
+    for height in (3, 5):
+        tokens = height * GRID[1]
+        q, k, v = torch.randn(BATCH, tokens, 3, HEADS, HEAD_DIM, device=DEVICE).unbind(2)
+        with torch.no_grad():
+            assert torch.equal(compiled(q, k, v, height), run(q, k, v, height))
+        graphs.add(counted.frame_count)
+    assert len(graphs) == 1
+    targets = [node.target for node in counted.graphs[-1].graph.nodes if node.op != "placeholder"]
+    assert torch.ops.lintra.linear_attention_conv2d_fwd.default in targets
+    assert not any("linear_attention_fwd" in str(target) for target in targets)
+    assert len(made) == 4  # twice in a graph
+    leaf = q.clone().requires_grad_()
+    (got,) = torch.autograd.grad(compiled(leaf, k, v, height).sum(), leaf)
+    assert torch.equal(got, torch.autograd.grad(run(leaf, k, v, height).sum(), leaf)[0])
+    assert len(made) == 4
+
+
+@on_gpu_or_interpreted
+@pytest.mark.parametrize("kind", ["shared", "made"])
+def test_the_operator(kind):
+    weight = filters_of(kind)
+    q, k, v = qkv_of()
+    rest, groups, size = (
+        (list(weight[:5]), *weight[5:]) if kind == "made" else ([weight], None, None)
+    )
+    options = ("relu", "ratio", 1e-6, *GRID, PREFIX, groups, size)
+    operator = torch.ops.lintra.linear_attention_conv2d_fwd.default
+    torch.library.opcheck(operator, (q, k, v, None, rest, *options))
+    out = operator(q, k, v, None, rest, *options)
+    assert torch.equal(out, by_three(q, k, v, weight, None))
 
 
 def test_errors_are_those_of_the_operations():

@@ -151,18 +151,34 @@ def _changed(**changes):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"x": lambda _: torch.zeros(3, 8)}, ValueError, r"`x` must have shape \(B, 16\)"),
-        ({"x": lambda _: torch.zeros(3, 3, 16)}, ValueError, "`x` must have shape"),
-        ({"x": lambda _: torch.zeros(3, 16).half()}, TypeError, "`x` must have dtype"),
+        (
+            {"x": lambda _: torch.zeros(3, 8, device=DEVICE)},
+            ValueError,
+            r"`x` must have shape \(B, 16\)",
+        ),
+        ({"x": lambda _: torch.zeros(3, 3, 16, device=DEVICE)}, ValueError, "`x` must have shape"),
+        (
+            {"x": lambda _: torch.zeros(3, 16, device=DEVICE).half()},
+            TypeError,
+            "`x` must have dtype",
+        ),
         ({"biases": lambda m: m["weights"]}, ValueError, "`biases` must be 2 of shape"),
         (
-            {"biases": lambda _: TensorTable("b", [torch.zeros(8).half()] * 2)},
+            {"biases": lambda _: TensorTable("b", [torch.zeros(8, device=DEVICE).half()] * 2)},
             TypeError,
             "`biases` must have dtype",
         ),
         ({"labels": lambda _: None}, ValueError, "must be given together"),
-        ({"labels": lambda _: torch.zeros(3)}, ValueError, "`labels` must be 3 of int64"),
-        ({"labels": lambda _: torch.zeros(4).long()}, ValueError, "`labels` must be 3 of int64"),
+        (
+            {"labels": lambda _: torch.zeros(3, device=DEVICE)},
+            ValueError,
+            "`labels` must be 3 of int64",
+        ),
+        (
+            {"labels": lambda _: torch.zeros(4, device=DEVICE).long()},
+            ValueError,
+            "`labels` must be 3 of int64",
+        ),
         ({"impl": lambda _: "cuda"}, ValueError, "`impl` must be one of"),
         ({"weights": lambda m: m["biases"]}, ValueError, r"`weights` must have shape \(F, K\)"),
     ],
