@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 from lintra.tools.benchmark import lit, models, runner, timing, turns
 from lintra.tools.benchmark.case import OURS, Case, Peer, Run, eager
+from lintra.tools.benchmark.device import open_device
 
 CPU = torch.device("cpu")
 LIMITS = timing.Limits(calls=5)
@@ -265,7 +266,7 @@ def test_nothing_compiles_once_turns_begin(
 @pytest.mark.gpu
 @pytest.mark.parametrize("training", [False, True])
 def test_graphs_of_two_models_take_turns(training: bool) -> None:
-    device = torch.device("cuda")
+    device = open_device("cuda")
     mode = models.Mode(device, torch.bfloat16, "reduce-overhead", training, tiny=True)
     (case,) = models.cases(["inline_deit"], mode)
     settings = runner.Settings(device, torch.bfloat16, LIMITS, say=lambda line: None)
