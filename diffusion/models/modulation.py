@@ -47,7 +47,11 @@ def gated(tokens: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     """``tokens + gate * update`` with gate ``(B, C)``, or ``(1, C)``; the widest dtype wins."""
     if (
         not torch.compiler.is_compiling()  # a size would be guarded
-        and tokens.numel() >= configs.GATED_ADD_MIN_ELEMENTS  # spares the host what follows
+        # Spares the host what follows, unless a backward pass has three calls fewer then.
+        and (
+            tokens.numel() >= configs.GATED_ADD_MIN_ELEMENTS
+            or (torch.is_grad_enabled() and update.requires_grad)
+        )
         and tokens.dtype == update.dtype == gate.dtype
         and tokens.shape == update.shape
         and tokens.shape[0] == gate.shape[0]

@@ -52,8 +52,8 @@ _CALLS = Plans(_checked)
 def _chosen(name: str, eps: float | None, impl: str, *tensors: Tensor) -> tuple[bool, Memo]:
     """Whether the call `name` goes to the kernel, and the memo of its launch."""
     reason, memo = _CALLS(tensors, name, eps, impl)
-    if needs_gradient(*tensors):
-        reason = "its kernel has no gradient"
+    if reason is None and needs_gradient(*tensors) and tensors[0].shape[-1] > configs.MAX_CHANNELS:
+        reason = f"the kernel of its gradients takes up to {configs.MAX_CHANNELS} channels"
     if impl == "triton" and reason is not None:
         raise NotImplementedError(f"`impl` must not be 'triton' for {name}: {reason}")
     kernel = takes_kernel(impl, tensors[0], reason)
@@ -74,8 +74,9 @@ def ada_layer_norm(
         shift: ``(B, C)``, likewise.
         eps: added to the variance.
         impl: ``auto``, ``reference`` (PyTorch) or ``triton``. ``auto`` takes the Triton kernel on
-            CUDA for float16, bfloat16 and float32, up to 8192 channels, where no gradient is asked
-            for; not while torch.compile traces, which fuses the reference with its neighbours.
+            CUDA for float16, bfloat16 and float32, up to 8192 channels; not while torch.compile
+            traces, which fuses the reference with its neighbours. The kernels differentiate once;
+            under `torch.func` use ``reference``.
 
     Returns:
         ``(B, N, C)`` in ``x.dtype``. All is float32 inside (float64 for float64 inputs), also under
@@ -135,9 +136,10 @@ def gated_add(x: Tensor, update: Tensor, gate: Tensor, *, impl: str = "auto") ->
         update: ``(B, N, C)``, any floating dtype; copied unless contiguous.
         gate: ``(B, C)``, any floating dtype; a view, as of one of six chunks, is read in place.
         impl: ``auto``, ``reference`` (PyTorch) or ``triton``. ``auto`` takes the Triton kernel on
-            CUDA for float16, bfloat16 and float32, from 16 million elements of `x`, below which its
-            launch costs the host more than it saves, where no gradient is asked for; not while
-            torch.compile traces, which fuses the reference with its neighbours.
+            CUDA for float16, bfloat16 and float32 where a gradient is asked for, else from 16
+            million elements of `x`, below which its launch costs the host more than it saves; not
+            while torch.compile traces, which fuses the reference with its neighbours. The kernels
+            differentiate once; under `torch.func` use ``reference``.
 
     Returns:
         ``(B, N, C)`` in ``x.dtype``, float32 inside (float64 for float64 inputs), also under
@@ -149,6 +151,7 @@ def gated_add(x: Tensor, update: Tensor, gate: Tensor, *, impl: str = "auto") ->
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
     kernel, memo = _chosen("gated_add", None, impl, x, update, gate)
-    if kernel and (impl == "triton" or x.numel() >= configs.GATED_ADD_MIN_ELEMENTS):
+    pays = needs_gradient(x, update, gate) or x.numel() >= configs.GATED_ADD_MIN_ELEMENTS
+    if kernel and (impl == "triton" or pays):
         return gated_add_triton(x, update, gate, memo)
     return gated_add_reference(x, update, gate)

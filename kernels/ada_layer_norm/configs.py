@@ -39,6 +39,33 @@ def launch_of(channels: int) -> Launch:
 
 
 @dataclass(frozen=True)
+class BwdLaunch:
+    """How the kernel of gradients is cut into programs.
+
+    Args:
+        rows: tokens of a step of a program, of one sample.
+        warps: of a program.
+        programs: a multiprocessor, over which the tokens are split.
+    """
+
+    rows: int
+    warps: int
+    programs: int
+
+
+def bwd_launch_of(channels: int) -> BwdLaunch:
+    """The setting for tokens of so many channels.
+
+    A thread has 16 elements of a token, up to 32 of the widest, of up to four tensors and three
+    sums. Not tuned yet.
+    """
+    width = 1 << (channels - 1).bit_length()
+    rows = min(max(2048 // width, 1), _MAX_ROWS)
+    warps = 4 if width <= 2048 else 8 if width <= 4096 else 16
+    return pin_or("ada_layer_norm_bwd", BwdLaunch(rows, warps, 4 * 4 // warps))
+
+
+@dataclass(frozen=True)
 class SumLaunch:
     """How the kernel of a sum alone is cut into programs.
 

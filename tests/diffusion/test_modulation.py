@@ -49,6 +49,17 @@ def test_small_sums_are_left_to_pytorch(sums, monkeypatch):
     assert not sums
 
 
+def test_small_sums_in_training(sums, monkeypatch):
+    monkeypatch.setattr(configs, "GATED_ADD_MIN_ELEMENTS", 81)
+    tokens, update, gate = tensors()
+    update.requires_grad_()
+    assert torch.equal(gated(tokens, update, gate), addcmul(tokens, update, gate))
+    assert len(sums) == 1
+    with torch.no_grad():
+        gated(tokens, update, gate)
+    assert len(sums) == 1
+
+
 @pytest.mark.parametrize("narrow", [0, 1, 2])
 def test_the_widest_dtype_wins(sums, narrow):
     dtypes = [torch.float32] * 3

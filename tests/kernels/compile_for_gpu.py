@@ -15,6 +15,11 @@ from triton.runtime.jit import JITFunction
 
 from lintra.kernels._common import launch
 from lintra.kernels._common.pinning import pinned
+from lintra.kernels.ada_layer_norm.triton_bwd import (
+    ada_layer_norm_bwd,
+    gated_ada_layer_norm_bwd,
+    gated_add_bwd,
+)
 from lintra.kernels.ada_layer_norm.triton_fwd import (
     ada_layer_norm_fwd,
     gated_ada_layer_norm_fwd,
@@ -104,6 +109,9 @@ def adaptive(channels: int, dtype: torch.dtype) -> None:
     ada_layer_norm_fwd(x, scale, shift, 1e-6)
     gated_ada_layer_norm_fwd(x, update, gate, scale, shift, 1e-6)
     gated_add_fwd(x, update, gate)
+    ada_layer_norm_bwd(update, x, scale, 1e-6)
+    gated_ada_layer_norm_bwd(update, update, x, update, gate, scale, 1e-6)
+    gated_add_bwd(x, update, gate)
 
 
 def stacked(batch: int, width: int, dtype: torch.dtype) -> None:

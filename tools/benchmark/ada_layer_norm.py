@@ -25,7 +25,12 @@ SHAPES: dict[str, list[tuple[int, int, int]]] = {
 # (B, N, C) of sums alone, large enough for their kernel: blocks at 2048 pixels.
 SUMS = {"LiT-XL": (1, 16384, 1152), "FLUX": (1, 16896, 3072)}
 TINY = [(2, 5, 24, 0), (1, 7, 16, 1), (2, 3, 16, _SUM)]
-_TARGETS = {("fwd", "floor"): 1.5, ("fwd", "eager"): 2.0}
+_TARGETS = {
+    ("fwd", "floor"): 1.5,
+    ("fwd", "eager"): 2.0,
+    ("bwd", "floor"): 1.5,
+    ("bwd", "eager"): 2.0,
+}
 
 Results = Tensor | tuple[Tensor, Tensor]
 
@@ -36,7 +41,9 @@ def _inputs(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> l
     # As a block has them: chunks of the output of one linear map.
     parameters = torch.randn(batch, 6 * channels, **options).chunk(6, dim=-1)
     inputs = [torch.randn(batch, tokens, channels, **options) for _ in range(2 if kind else 1)]
-    return [*inputs, *parameters[: (2, 3, 1)[kind]]]
+    # Views of a whole, and yet leaves.
+    inputs += [x.detach() for x in parameters[: (2, 3, 1)[kind]]]
+    return [x.requires_grad_() for x in inputs]
 
 
 def _normalize(impl: str, x: Tensor, *others: Tensor) -> Results:
@@ -70,7 +77,7 @@ def _as_one(function: Callable[..., Results], *inputs: Tensor) -> Tensor:
 
 
 def build(shape: Sequence[int], group: str = "custom", with_targets: bool = False) -> Case:
-    """The case of (B, N, C, index in KINDS), the last 0 if left out; no backward to measure."""
+    """The case of (B, N, C, index in KINDS), the last 0 if left out."""
     check_shape(shape, (3, 4), LAYOUT)
     batch, tokens, channels, kind = shape = (*shape, *(0,) * (4 - len(shape)))
     if kind >= len(KINDS):
@@ -80,7 +87,6 @@ def build(shape: Sequence[int], group: str = "custom", with_targets: bool = Fals
         "group": group,
         "shape": f"{batch}x{tokens}x{channels}{KINDS[kind]}",
         "make": partial(_inputs, shape),
-        "directions": ("fwd",),
     }
     run, stock = (_add, stock_sum) if kind == _SUM else (_normalize, stock_normalization)
     ours, reference = (partial(run, impl) for impl in ("auto", "reference"))

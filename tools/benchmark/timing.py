@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,6 +127,11 @@ def num_calls(limits: Limits, seconds_a_call: float) -> int:
     return max(min(limits.calls, affordable), min(limits.calls, FEWEST_CALLS))
 
 
+def _random_like(out: Any) -> Any:
+    """For a tensor, or for each of several that an operation gives."""
+    return tuple(map(torch.randn_like, out)) if isinstance(out, tuple) else torch.randn_like(out)
+
+
 def measure(
     run: Run,
     direction: str,
@@ -145,13 +151,13 @@ def measure(
     ``bwd`` has the forwards of a round of sets behind it, off the clock, before its first backward
     starts: none finds what its forward left in the cache.
     """
-    weights: list[Tensor] = []
+    weights: list[Any] = []
     if "bwd" in direction:
         with torch.no_grad():
-            weights = [torch.randn_like(run(*inputs)) for inputs in sets]
+            weights = [_random_like(run(*inputs)) for inputs in sets]
     indices = range(len(sets))
 
-    def backward(index: int, out: Tensor) -> object:
+    def backward(index: int, out: Any) -> object:
         leaves = [x for x in sets[index] if x.requires_grad]
         return torch.autograd.grad(out, leaves, weights[index])
 
