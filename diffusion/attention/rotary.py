@@ -64,17 +64,14 @@ def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _fuses(query: Tensor, key: Tensor, norm_query: Any, norm_key: Any) -> bool:
-    """Whether `rotary_rms_norm` has a kernel for this, which takes no gradient."""
+    """Whether `rotary_rms_norm` has a kernel for this."""
     if not on_gpu(query) or torch.compiler.is_compiling():
         return False
     if not (is_untouched(norm_query, nn.RMSNorm) and is_untouched(norm_key, nn.RMSNorm)):
         return False
     if norm_query.eps is None or norm_query.eps != norm_key.eps:
         return False
-    if not norm_query.weight.ndim == norm_key.weight.ndim == 1:  # not over heads and channels
-        return False
-    tensors = (query, key, norm_query.weight, norm_key.weight)
-    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
+    return norm_query.weight.ndim == norm_key.weight.ndim == 1  # not over heads and channels
 
 
 def rotate(query: Tensor, key: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -64,8 +64,9 @@ def rotary_rms_norm(
         eps: added to the mean of squares.
         impl: ``auto``, ``reference`` (PyTorch) or ``triton``. ``auto`` takes the Triton kernel on
             CUDA for float16, bfloat16 and float32, 16 to 256 channels a head in powers of two,
-            where no gradient is asked for; not while torch.compile traces, which fuses the
-            reference with its neighbours.
+            where no gradient of cosines or sines is asked for; not while torch.compile traces,
+            which fuses the reference with its neighbours. The kernels differentiate once; under
+            `torch.func` use ``reference``.
 
     Returns:
         Query and key, ``(B, N, H, D)``, contiguous, in the dtype they had. All is float32 inside
@@ -78,8 +79,8 @@ def rotary_rms_norm(
     """
     tensors = (query, key, query_weight, key_weight, cosines, sines)
     reason, memo = _CALLS(tensors, eps, impl)
-    if needs_gradient(*tensors):
-        reason = "its kernel has no gradient"
+    if needs_gradient(cosines, sines):
+        reason = "its kernels have no gradient of cosines and sines"
     if impl == "triton" and reason is not None:
         raise NotImplementedError(f"`impl` must not be 'triton' for rotary_rms_norm: {reason}")
     kernel = takes_kernel(impl, query, reason)

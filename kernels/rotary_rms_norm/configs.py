@@ -10,6 +10,8 @@ HEAD_DIMS = (16, 32, 64, 128, 256)
 # for each. Not tuned yet.
 _ELEMENTS = 2048
 _WARPS = 4
+# Programs of the gradients a multiprocessor, each with sums of its own. Not tuned yet.
+PROGRAMS = 4
 
 
 @dataclass(frozen=True)

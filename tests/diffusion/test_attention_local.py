@@ -143,13 +143,30 @@ def test_inference_on_a_gpu_takes_one_pass(launches):
     assert all(torch.equal(x, y) for x, y in zip(joined, ours, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["gradient", "hook", "subclass", "eps", "no norm", "no tables"])
+def test_gradients_on_a_gpu_take_one_pass(launches):
+    norms, (query, key), tables = norms_and_tokens(torch.float32)
+    leaves = [query.requires_grad_(), key.requires_grad_()]
+    leaves += [norm.weight.requires_grad_() for norm in norms]
+    pairs = []
+    for fused in (True, False):
+        parts = [[x[:, part] for x in (query, key)] + norms for part in (slice(2), slice(2, None))]
+        if fused:
+            out = normalize_and_rotate(parts, tables)
+        else:
+            tokens = [norm(x) for norm, x in zip(norms, (query, key), strict=True)]
+            out = [apply_rotary_emb(x, tables, sequence_dim=1) for x in tokens]
+        loss = sum(x.sin().sum() for x in out)
+        pairs.append(torch.autograd.grad(loss, leaves))
+    assert len(launches) == 2
+    for ours, theirs in zip(*pairs, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["hook", "subclass", "eps", "no norm", "no tables"])
 def test_what_only_several_passes_can_do(launches, kind):
     norms, (query, key), tables = norms_and_tokens(torch.float32)
     seen = []
-    if kind == "gradient":
-        norms[1].weight.requires_grad_()
-    elif kind == "hook":
+    if kind == "hook":
         norms[0].register_forward_pre_hook(lambda *_: seen.append(1))
     elif kind == "subclass":
         norms[0] = type("Other", (nn.RMSNorm,), {})(16, eps=1e-6).requires_grad_(False)

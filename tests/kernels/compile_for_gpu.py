@@ -34,6 +34,7 @@ from lintra.kernels.linear_attention.triton_fwd import linear_attention_fwd
 from lintra.kernels.local_attention import configs as local_configs
 from lintra.kernels.local_attention.triton_bwd import local_attention_bwd
 from lintra.kernels.local_attention.triton_fwd import local_attention_fwd
+from lintra.kernels.rotary_rms_norm.triton_bwd import rotary_rms_norm_bwd
 from lintra.kernels.rotary_rms_norm.triton_fwd import rotary_rms_norm_fwd
 from lintra.kernels.stacked_linear.table import TensorTable
 from lintra.kernels.stacked_linear.triton_fwd import stacked_linear_fwd
@@ -128,6 +129,7 @@ def rotary(dim: int, dtype: torch.dtype) -> None:
     query, key = (heads_outside(68, dim, dtype) for _ in range(2))
     weights, tables = torch.empty(2, dim, dtype=dtype), torch.empty(2, 68, dim)
     rotary_rms_norm_fwd(query, key, *weights, *tables, 1e-6)
+    rotary_rms_norm_bwd(query, key, query, key, *weights, *tables, 1e-6)
 
 
 driver.set_active(NoDevice())

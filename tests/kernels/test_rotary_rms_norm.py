@@ -107,17 +107,96 @@ def test_operator_passes_opcheck():
     torch.library.opcheck(operator, (*inputs_of(2, 3, 2, 16), 1e-6))
 
 
-@on_gpu_or_interpreted
-def test_a_gradient_takes_the_reference():
+def gradients_of(inputs, weights, dtype=None, **options):
+    leaves = [(x if dtype is None else x.to(dtype)).detach().requires_grad_() for x in inputs[:4]]
+    tables = [x if dtype is None else x.to(dtype) for x in inputs[4:]]
+    outs = rotary_rms_norm(*leaves, *tables, **options)
+    return torch.autograd.grad(outs, leaves, [w.to(outs[0].dtype) for w in weights])
+
+
+def assert_gradients_close(inputs, **options):
+    """err(kernel, float64) <= 2 err(reference, float64) + what its sums over tokens round."""
+    weights = [torch.randn(inputs[0].shape, device=DEVICE) for _ in range(2)]
+    ours = gradients_of(inputs, weights, **options)
+    plain = gradients_of(inputs, weights, impl="reference")
+    exact = gradients_of(inputs, weights, torch.float64, impl="reference")
+    for x, got, same, true in zip(inputs, ours, plain, exact, strict=False):
+        assert (got.shape, got.dtype) == (x.shape, x.dtype)
+        allowed = 2 * (same.double() - true).abs().max()
+        allowed = allowed + 4 * torch.finfo(x.dtype).eps * true.abs().max()
+        assert (got.double() - true).abs().max() <= allowed
+
+
+def test_gradients_of_the_reference():
     inputs = [x.double().detach().requires_grad_() for x in inputs_of(1, 2, 2, 4)]
     assert torch.autograd.gradcheck(rotary_rms_norm, inputs)
-    inputs = [x.detach() for x in inputs_of(1, 2, 2, 16)]
-    inputs[2].requires_grad_()
-    with pytest.raises(NotImplementedError, match="'triton' for rotary_rms_norm: .* gradient"):
-        rotary_rms_norm(*inputs, impl="triton")
-    with torch.no_grad():
-        ours, expected = (rotary_rms_norm(*inputs, impl=i) for i in ("triton", "reference"))
-    torch.testing.assert_close(ours, expected)
+
+
+@on_gpu_or_interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradients(shape):
+    assert_gradients_close(inputs_of(*shape), impl="triton")
+
+
+@on_gpu_or_interpreted
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("launch", [Launch(1, 4), Launch(4, 2), Launch(64, 8)], ids=str)
+def test_every_launch_gives_the_same_gradients(launch, monkeypatch):
+    from lintra.kernels.rotary_rms_norm import triton_bwd
+
+    monkeypatch.setattr(triton_bwd, "multiprocessors", lambda _: 1)  # programs of many steps
+    with pinned(rotary_rms_norm=launch):
+        inputs = inputs_of(2, 5, 3, 32)
+        assert_gradients_close(inputs, impl="triton")
+        weights = [torch.randn_like(inputs[0])] * 2  # summed in an order that is always the same
+        first, second = (gradients_of(inputs, weights, impl="triton") for _ in range(2))
+        assert all(map(torch.equal, first, second))
+
+
+@on_gpu_or_interpreted
+def test_gradients_of_any_strides_and_no_tokens():
+    query, key, *parameters = inputs_of(2, 5, 4, 16)
+    heads_outside = query.transpose(1, 2).contiguous().transpose(1, 2)
+    no_unit = key.mT.contiguous().mT
+    weights = [torch.randn(32, device=DEVICE)[::2], parameters[1].double().half()]
+    assert_gradients_close((heads_outside, no_unit, *weights, *parameters[2:]), impl="triton")
+    few = (query[:0], key[:0], *parameters)
+    grads = gradients_of(few, [query[:0]] * 2, impl="triton")
+    assert [x.shape for x in grads] == [x.shape for x in few[:4]]
+    assert all(x.eq(0).all() for x in grads)
+
+
+@on_gpu_or_interpreted
+def test_gradients_that_kernels_do_not_have():
+    *inputs, sines = inputs_of(1, 2, 2, 16)
+    with pytest.raises(NotImplementedError, match="no gradient of cosines and sines"):
+        rotary_rms_norm(*inputs, sines.clone().requires_grad_(), impl="triton")
+    rotary_rms_norm(*inputs, sines.requires_grad_())[0].sum().backward()
+    assert sines.grad.isfinite().all()
+    leaf = inputs[0].detach().requires_grad_()
+    out, _ = rotary_rms_norm(leaf, *inputs[1:], sines.detach(), impl="triton")
+    (grad,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="`rotary_rms_norm` must be differentiated only"):
+        grad.sum().backward()
+
+
+@on_gpu_or_interpreted
+def test_operator_of_gradients_passes_opcheck():
+    inputs = inputs_of(2, 3, 2, 16)
+    operator = torch.ops.lintra.rotary_rms_norm_bwd.default
+    torch.library.opcheck(operator, (*inputs[:2], *inputs, 1e-6))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parameters", [None, torch.float32], ids=str)
+def test_gradients_on_gpu(dtype, parameters):
+    for dim in HEAD_DIMS:
+        for tokens, heads in ((197, 3), (4608, 24)):
+            inputs = inputs_of(1, tokens, heads, dim, dtype, parameters)
+            for _ in range(2):  # through Triton, and launched directly
+                assert_gradients_close(inputs, impl="auto")
 
 
 def test_a_tracer_is_given_pytorch_to_fuse(monkeypatch):

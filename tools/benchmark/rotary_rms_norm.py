@@ -17,7 +17,12 @@ LAYOUT = "B,N,H,D"
 # FLUX.1-dev at 1024, 2048 and 4096 px, with 512 text tokens.
 SHAPES = [(1, 4608, 24, 128), (1, 16896, 24, 128), (1, 66048, 24, 128)]
 TINY = [(2, 5, 3, 16), (1, 7, 2, 64)]
-_TARGETS = {("fwd", "floor"): 1.5, ("fwd", "eager"): 2.0}
+_TARGETS = {
+    ("fwd", "floor"): 1.5,
+    ("fwd", "eager"): 2.0,
+    ("bwd", "floor"): 1.5,
+    ("bwd", "eager"): 2.0,
+}
 _EPS = 1e-6
 
 Results = tuple[Tensor, Tensor]
@@ -29,7 +34,8 @@ def _inputs(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> l
     query, key = (torch.randn(batch, tokens, heads, dim, **options) for _ in range(2))
     angles = 10 * torch.rand(tokens, dim // 2, device=device)
     tables = [f(angles).repeat_interleave(2, dim=1) for f in (torch.cos, torch.sin)]
-    return [query, key, *torch.randn(2, dim, **options), *tables]
+    learned = [query, key, *torch.randn(2, dim, **options).unbind()]
+    return [*(x.requires_grad_() for x in learned), *tables]
 
 
 def _turn(impl: str, *inputs: Tensor) -> Results:
@@ -51,7 +57,7 @@ def _as_one(impl: str, *inputs: Tensor) -> Tensor:
 
 
 def build(shape: Sequence[int], group: str = "custom", with_targets: bool = False) -> Case:
-    """The case of (B, N, H, D). There is no backward to measure."""
+    """The case of (B, N, H, D)."""
     check_shape(shape, (4,), LAYOUT)
     batch, tokens, heads, dim = shape
     common: dict[str, Any] = {
@@ -59,7 +65,6 @@ def build(shape: Sequence[int], group: str = "custom", with_targets: bool = Fals
         "group": group,
         "shape": "x".join(map(str, shape)),
         "make": partial(_inputs, shape),
-        "directions": ("fwd",),
     }
     checked = Case(
         ours=eager(partial(_as_one, "auto")), reference=partial(_as_one, "reference"), **common
