@@ -80,9 +80,9 @@ def _rotary_rms_norm_bwd_kernel(
     tl.store(p_sums + tl.num_programs(0) * D, tl.sum(k_sum, 0))
 
 
-def _plan(tensors: tuple[Tensor, Tensor], eps: float) -> tuple[int, KernelCall]:
+def _plan(tensors: tuple[Tensor, ...], eps: float) -> tuple[int, KernelCall]:
     """The number of programs, and the launch."""
-    query, key = (unit_last(x) for x in tensors)
+    query, key = (unit_last(x) for x in tensors[:2])
     batch, tokens, heads, head_dim = query.shape
     launch = launch_of(head_dim)
     count = batch * tokens * heads
@@ -107,9 +107,9 @@ def rotary_rms_norm_bwd(
     d_query, d_key = empty(*query.shape, like=query), empty(*key.shape, like=key)
     if query.numel() == 0:
         return d_query, d_key, query.new_zeros(2, query.shape[3], dtype=torch.float32)
-    programs, call = _PLANS((query, key), eps)
-    sums = empty(2, programs, query.shape[3], like=query, dtype=torch.float32)
     others = (query_weight, key_weight, cosines, sines)
+    programs, call = _PLANS((query, key, *others), eps)
+    sums = empty(2, programs, query.shape[3], like=query, dtype=torch.float32)
     with device_guard(query):
         call(
             d_query_out.contiguous(), d_key_out.contiguous(), unit_last(query), unit_last(key),
