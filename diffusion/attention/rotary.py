@@ -30,7 +30,8 @@ def normalize_and_rotate(
             for no rotation.
 
     Returns:
-        ``(B, N, H, D)`` each, in the dtype that they or their norms have (float32 under autocast).
+        ``(B, N, H, D)`` each, in the dtype that they have or, in several passes, their norms give
+        (float32 under autocast).
     """
     if tables is not None and all(_fuses(*part) for part in parts):
         cosines, sines = (table.to(parts[0][0].device, torch.float32) for table in tables)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lintra.kernels import TensorTable, stacked_linear
 
 from ..untouched import has_global_hooks, is_unhooked, on_gpu
+from .lit_block import LiTBlock
 
 # What makes the condition of a block, and of which kind each part must be.
 _PARTS: dict[str, type[nn.Module]] = {
@@ -23,6 +24,11 @@ _PARTS: dict[str, type[nn.Module]] = {
     "norm1.linear": nn.Linear,
 }
 _LINEARS = [name for name, kind in _PARTS.items() if kind is nn.Linear]
+# The parameters of a kind, and which of its attributes are their sides.
+_PARAMETERS: dict[type[nn.Module], dict[str, tuple[str, ...]]] = {
+    nn.Linear: {"weight": ("out_features", "in_features"), "bias": ("out_features",)},
+    nn.Embedding: {"weight": ("num_embeddings", "embedding_dim")},
+}
 _LABELS = "norm1.emb.class_embedder"
 _ROWS = "norm1.emb.class_embedder.embedding_table"
 # Options of these modules that a DiT leaves out.
@@ -69,11 +75,14 @@ class BlockConditions:
     def _usable(
         self, blocks: nn.ModuleList, time_features: Tensor, class_labels: Tensor | None
     ) -> "_Layers | None":
+        if torch.compiler.is_compiling():
+            return None
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(time_features.device.type):
+            # Weights that have been replaced since must not be held.
+            self._layers = None
+            return None
         if (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
-            or not on_gpu(time_features)
-            or torch.is_autocast_enabled(time_features.device.type)
+            not on_gpu(time_features)
             or class_labels is None
             or class_labels.dtype != torch.int64
             or class_labels.device != time_features.device
@@ -82,11 +91,11 @@ class BlockConditions:
             or has_global_hooks()
         ):
             return None
-        if self._layers is None or not self._layers.are_current(blocks):
-            capturing = time_features.is_cuda and torch.cuda.is_current_stream_capturing()
-            # No graph may hold the sending of addresses, nor an address that is gone tomorrow.
-            self._layers = None if capturing else _layers_of(blocks)
         layers = self._layers
+        if layers is None or not layers.are_current(blocks):
+            # No CUDA graph may hold the sending of addresses.
+            capturing = time_features.is_cuda and torch.cuda.is_current_stream_capturing()
+            layers = self._layers = None if capturing else _layers_of(blocks)
         if (
             layers is None
             or layers.dtype != time_features.dtype
@@ -111,8 +120,8 @@ class _Layers:
         modules = [*blocks, *(module for part in parts for module in part.values())]
         # Dictionaries that modules keep for life: to look into them costs a tenth of asking
         # hundreds of modules for their attributes.
-        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._insides = [module.__dict__ for module in modules]
+        self._absent = [(m.__dict__, name) for m in modules for name in _EXTRAS if hasattr(m, name)]
         self._places = [(blocks._modules, str(index), block) for index, block in enumerate(blocks)]
         self._places += [place for block in blocks for place in _places_of(block)]
         self._label_embedders: list[Any] = [part[_LABELS] for part in parts]
@@ -123,6 +132,7 @@ class _Layers:
             source = [(part[name]._parameters, kind) for part in parts]
             self._sources.append(source)
             self._tables.append(TensorTable(name, [place[kind] for place, _ in source]))
+            self._tables[-1].addresses()  # now, and not within a CUDA graph
         first = self._tables[0]
         self.dtype, self.device = first.dtype, first.device
         if any(table.dtype != self.dtype for table in self._tables):
@@ -135,8 +145,11 @@ class _Layers:
             blocks is self._blocks
             and len(blocks) == self._count
             and all(place.get(name) is module for place, name, module in self._places)
-            and not any(self._hooks)
-            and not any("forward" in inside for inside in self._insides)
+            and not any(
+                inside["_forward_hooks"] or inside["_forward_pre_hooks"] or "forward" in inside
+                for inside in self._insides
+            )
+            and all(inside.get(name, self) is None for inside, name in self._absent)
             and all(
                 table.is_current([place.get(kind) for place, kind in source])
                 for table, source in zip(self._tables, self._sources, strict=True)
@@ -166,18 +179,22 @@ def _places_of(block: nn.Module) -> Iterable[tuple[dict[str, Any], str, nn.Modul
 
 def _is_plain(block: nn.Module) -> bool:
     """Whether calling the parts of `block` is the forward of a stock DiT's with their weights."""
-    if not is_unhooked(block):
+    # A wrapper answers for the block that it holds, but does more when it is called.
+    if type(block) is not LiTBlock or not is_unhooked(block):
         return False
     for name, kind in _PARTS.items():
         try:
             part = block.get_submodule(name)
         except AttributeError:
             return False
-        parameters = part._parameters.values()
         if type(part) is not kind or not is_unhooked(part):
             return False
-        if any(type(x) is not nn.Parameter for x in parameters):  # none, quantised, sharded
-            return False
+        for parameter, sides in _PARAMETERS.get(kind, {}).items():
+            x = part._parameters.get(parameter)
+            if type(x) is not nn.Parameter:  # none, quantised, sharded
+                return False
+            if x.shape != tuple(getattr(part, side) for side in sides):
+                return False
         if any(getattr(part, extra, None) is not None for extra in _EXTRAS):
             return False
     return True

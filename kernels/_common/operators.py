@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.overrides import has_torch_function
 
 from .plans import Memo
@@ -54,8 +55,34 @@ def _is_watched(arguments: tuple[Any, ...]) -> bool:
         or has_torch_function(arguments)  # subclasses and function modes
         or bool(_len_torch_dispatch_stack())  # FlopCounterMode, fake tensors, make_fx
         or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0  # tangents
         or _get_tracing_state() is not None  # torch.jit.trace
     )
+
+
+def reason_of_transforms() -> str | None:
+    """Why no kernel may run under what stands around the call, None if one may.
+
+    An operator would lose tangents without a word, and `torch.func` knows none of ours.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    if forward_ad._current_level >= 0 or (_ANSWERED and _are_functorch_transforms_active()):
+        return "its kernels know neither torch.func nor forward-mode derivatives"
+    return None
+
+
+def unless_transformed(kernel: bool, impl: str, name: str) -> bool:
+    """`kernel`, the choice for the call `name`, but the reference under what no kernel serves.
+
+    Raises:
+        NotImplementedError: then, if `impl` asks for the kernels.
+    """
+    if not kernel or (reason := reason_of_transforms()) is None:
+        return kernel
+    if impl == "triton":
+        raise NotImplementedError(f"`impl` must not be 'triton' for {name}: {reason}")
+    return False
 
 
 def is_dispatched(arguments: tuple[Any, ...]) -> bool:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._common.checks import IMPLEMENTATIONS, check_choice, check_shape, check_tensor
 from .._common.launch import takes_kernel, why_no_kernel
-from .._common.operators import needs_gradient
+from .._common.operators import needs_gradient, reason_of_transforms
 from .._common.plans import Memo, Plans
 from . import configs
 from .ops import ada_layer_norm_triton, gated_ada_layer_norm_triton, gated_add_triton
@@ -54,6 +54,7 @@ def _chosen(name: str, eps: float | None, impl: str, *tensors: Tensor) -> tuple[
     reason, memo = _CALLS(tensors, name, eps, impl)
     if reason is None and needs_gradient(*tensors) and tensors[0].shape[-1] > configs.MAX_CHANNELS:
         reason = f"the kernel of its gradients takes up to {configs.MAX_CHANNELS} channels"
+    reason = reason or reason_of_transforms()
     if impl == "triton" and reason is not None:
         raise NotImplementedError(f"`impl` must not be 'triton' for {name}: {reason}")
     kernel = takes_kernel(impl, tensors[0], reason)
@@ -75,8 +76,8 @@ def ada_layer_norm(
         eps: added to the variance.
         impl: ``auto``, ``reference`` (PyTorch) or ``triton``. ``auto`` takes the Triton kernel on
             CUDA for float16, bfloat16 and float32, up to 8192 channels; not while torch.compile
-            traces, which fuses the reference with its neighbours. The kernels differentiate once;
-            under `torch.func` use ``reference``.
+            traces, which fuses the reference with its neighbours, nor under `torch.func` or
+            forward-mode derivatives. The kernels differentiate once.
 
     Returns:
         ``(B, N, C)`` in ``x.dtype``. All is float32 inside (float64 for float64 inputs), also under
@@ -138,8 +139,8 @@ def gated_add(x: Tensor, update: Tensor, gate: Tensor, *, impl: str = "auto") ->
         impl: ``auto``, ``reference`` (PyTorch) or ``triton``. ``auto`` takes the Triton kernel on
             CUDA for float16, bfloat16 and float32 where a gradient is asked for, else from 16
             million elements of `x`, below which its launch costs the host more than it saves; not
-            while torch.compile traces, which fuses the reference with its neighbours. The kernels
-            differentiate once; under `torch.func` use ``reference``.
+            while torch.compile traces, which fuses the reference with its neighbours, nor under
+            `torch.func` or forward-mode derivatives. The kernels differentiate once.
 
     Returns:
         ``(B, N, C)`` in ``x.dtype``, float32 inside (float64 for float64 inputs), also under

@@ -66,7 +66,9 @@ def _ada_layer_norm_bwd_kernel(
             n -= (tl.sum(n, 1) / C)[:, None]
             if BLOCK_C > C:
                 n = tl.where(m_c[None, :], n, 0.0)
-            r = (1.0 / tl.sqrt(tl.sum(n * n, 1) / C + eps))[:, None]
+            r = 1.0 / tl.sqrt(tl.sum(n * n, 1) / C + eps)
+            # Infinite where there is no token, if eps is 0.
+            r = tl.where(o_r < last - token, r, 0.0)[:, None]
             n *= r
             sum_scale += dy * n
             sum_shift += dy

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .._common.checks import IMPLEMENTATIONS, check_choice, check_shape, check_tensor
 from .._common.launch import takes_kernel, why_no_kernel
-from .._common.operators import needs_gradient
+from .._common.operators import needs_gradient, reason_of_transforms
 from .._common.plans import Memo, Plans
 from .ops import grouped_mlp_triton
 from .reference import grouped_mlp_reference
@@ -89,6 +89,7 @@ def grouped_mlp(
     reason, memo = CALLS((x, weight1, bias1, weight2, bias2), groups, impl)
     if needs_gradient(x, weight1, bias1, weight2, bias2):
         reason = "its kernel has no gradient"
+    reason = reason or reason_of_transforms()
     if impl == "triton" and reason is not None:
         raise NotImplementedError(f"`impl` must not be 'triton' for grouped_mlp: {reason}")
     if takes_kernel(impl, x, reason):

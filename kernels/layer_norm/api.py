@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._common.checks import IMPLEMENTATIONS, check_choice, check_shape, check_tensor
 from .._common.launch import takes_kernel, why_no_kernel
-from .._common.operators import needs_gradient
+from .._common.operators import needs_gradient, reason_of_transforms
 from .._common.plans import Memo, Plans
 from .ops import layer_norm_triton
 from .reference import layer_norm_reference
@@ -78,6 +78,8 @@ def layer_norm(
     reason, kernel, memo = _CALLS((x, weight, bias), eps, impl)
     if needs_gradient(x, weight, bias):
         reason, kernel = "its kernel has no gradient", False
+    elif (transformed := reason_of_transforms()) is not None:
+        reason, kernel = transformed, False
     if impl == "triton" and reason is not None:
         raise NotImplementedError(f"`impl` must not be 'triton' for layer_norm: {reason}")
     if kernel:

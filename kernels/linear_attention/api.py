@@ -4,6 +4,7 @@ from torch import Tensor
 
 from .._common.checks import IMPLEMENTATIONS, check_choice, check_shape, check_tensor
 from .._common.launch import takes_kernel, why_no_kernel
+from .._common.operators import unless_transformed
 from .._common.plans import Memo, Plans
 from .configs import MAX_HEAD_DIM
 from .ops import linear_attention_triton
@@ -91,8 +92,8 @@ def linear_attention(
         scale: multiplies phi(query); None means 1 for ratio and none, ``D ** -0.5`` for covariance.
         eps: added to the denominator of ``ratio``, in units of phi(q) . z; unused otherwise.
         impl: ``auto``, ``reference`` (PyTorch, any device) or ``triton``. ``auto`` takes the
-            Triton kernels on CUDA for float16, bfloat16 and float32 and up to 320 channels. They
-            differentiate once; under `torch.func` use ``reference``.
+            Triton kernels on CUDA for float16, bfloat16 and float32 and up to 320 channels, but not
+            under `torch.func` or forward-mode derivatives. They differentiate once.
 
     Returns:
         ``(B, M, H, E)`` in ``query.dtype``. State and sums are float32 (float64 for float64
@@ -104,7 +105,7 @@ def linear_attention(
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
     kernel, scale, memo = CALLS((query, key, value), feature_map, normalizer, scale, eps, impl)
-    if kernel:
+    if unless_transformed(kernel, impl, "linear_attention"):
         options = (feature_map, normalizer, float(scale), float(eps))
         return linear_attention_triton(query, key, value, *options, memo=memo)
     return linear_attention_reference(

@@ -5,14 +5,21 @@ from torch import Tensor
 
 from .._common.launch import KERNEL_DTYPES
 from .._common.operators import is_dispatched, needs_gradient
+from ..linear_attention.configs import MAX_HEAD_DIM
+from ..token_conv.configs import MAX_SIZE
 from . import launches
 from .composition import FilterMlp, composed
 from .ops import linear_attention_conv2d_op
 
 
-def _is_one_operator(query: Tensor) -> bool:
+def _is_one_operator(query: Tensor, value: Tensor, size: int) -> bool:
     """Whether a graph holds one operator: where kernels may run, whose checks it need not see."""
-    return query.is_cuda and query.dtype in KERNEL_DTYPES
+    return (
+        query.is_cuda
+        and query.dtype in KERNEL_DTYPES
+        and max(query.shape[3], value.shape[3]) <= MAX_HEAD_DIM
+        and size <= MAX_SIZE
+    )
 
 
 def linear_attention_conv2d(
@@ -60,7 +67,8 @@ def linear_attention_conv2d(
     groups, size = (None, None) if mlp is None else mlp[5:]
     options = (feature_map, normalizer, eps, grid, num_prefix_tokens, groups, size)
     if torch.compiler.is_compiling():
-        if _is_one_operator(query) and not needs_gradient(*tensors):
+        side = weight.shape[-1] if isinstance(weight, Tensor) else weight.size
+        if _is_one_operator(query, value, side) and not needs_gradient(*tensors):
             return linear_attention_conv2d_op(
                 *tensors[:4], list(tensors[4:]), feature_map, normalizer, eps, *grid,
                 num_prefix_tokens, groups, size,

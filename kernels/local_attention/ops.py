@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._common.operators import first_derivative, needs_gradient, register
+from .._common.operators import first_derivative, needs_gradient, reason_of_transforms, register
 from .._common.plans import Memo
 from .._common.precision import accumulation_dtype, no_autocast
 from .reference import backward, forward, parts
@@ -118,7 +118,9 @@ def local_attention_op(
     """The operation of `api.local_attention`: the output and the log-sum-exp, by the Triton
     `kernel` or by tiles in PyTorch."""
     numbers = (height, width, num_prefix, radius, scale)
-    if kernel and not needs_gradient(query, key, value, extra_key, extra_value):
+    plain = not needs_gradient(query, key, value, extra_key, extra_value)
+    # The operator alone would lose tangents without a word.
+    if kernel and plain and reason_of_transforms() is None:
         return _KERNEL_FWD(query, key, value, extra_key, extra_value, *numbers, memo=memo)
     if extra_key is None or extra_value is None:
         extra_key, extra_value = key[:, :0].detach(), value[:, :0].detach()

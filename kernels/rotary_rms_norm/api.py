@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._common.checks import IMPLEMENTATIONS, check_choice, check_shape, check_tensor
 from .._common.launch import takes_kernel, why_no_kernel
-from .._common.operators import needs_gradient
+from .._common.operators import needs_gradient, reason_of_transforms
 from .._common.plans import Memo, Plans
 from .configs import HEAD_DIMS
 from .ops import rotary_rms_norm_triton
@@ -65,8 +65,8 @@ def rotary_rms_norm(
         impl: ``auto``, ``reference`` (PyTorch) or ``triton``. ``auto`` takes the Triton kernel on
             CUDA for float16, bfloat16 and float32, 16 to 256 channels a head in powers of two,
             where no gradient of cosines or sines is asked for; not while torch.compile traces,
-            which fuses the reference with its neighbours. The kernels differentiate once; under
-            `torch.func` use ``reference``.
+            which fuses the reference with its neighbours, nor under `torch.func` or forward-mode
+            derivatives. The kernels differentiate once.
 
     Returns:
         Query and key, ``(B, N, H, D)``, contiguous, in the dtype they had. All is float32 inside
@@ -81,6 +81,7 @@ def rotary_rms_norm(
     reason, memo = _CALLS(tensors, eps, impl)
     if needs_gradient(cosines, sines):
         reason = "its kernels have no gradient of cosines and sines"
+    reason = reason or reason_of_transforms()
     if impl == "triton" and reason is not None:
         raise NotImplementedError(f"`impl` must not be 'triton' for rotary_rms_norm: {reason}")
     kernel = takes_kernel(impl, query, reason)

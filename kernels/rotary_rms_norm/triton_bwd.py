@@ -30,6 +30,7 @@ def _turn_back(p_d, p_x, weight, p_dx, o_x, o_y, mask, cos0, cos1, sin0, sin1, e
     d = tl.load(p_d + o_y, mask=mask, other=0.0).to(tl.float32)
     x = tl.load(p_x + o_x, mask=mask, other=0.0).to(tl.float32)
     gain = (1.0 / tl.sqrt(tl.sum(x * x, 1) / D + eps))[:, None]
+    gain = tl.where(mask, gain, 0.0)  # infinite where there is no token, if eps is 0
     x = x * gain
     even, odd = tl.split(tl.reshape(d, (ROWS, D // 2, 2)))
     d = tl.join(even * cos0 + odd * sin1, odd * cos1 - even * sin0)

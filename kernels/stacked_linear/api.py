@@ -90,7 +90,8 @@ def stacked_linear(
         With a label that is none, the kernel makes a row of NaN; PyTorch raises.
 
     Raises:
-        ValueError: shapes, counts or devices disagree, rows without labels, an unknown `impl`.
+        ValueError: shapes, counts or devices disagree, rows without labels, tensors that have moved
+            since their table was made, an unknown `impl`.
         TypeError: dtypes that are not floating point or differ.
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
@@ -100,6 +101,8 @@ def stacked_linear(
     reason = why_no_kernel(x)
     if torch.is_grad_enabled() and needs_gradient(x, *(y for t in tables for y in t.tensors)):
         reason = "its kernel has no gradient"
+    if not torch.compiler.is_compiling() and any(table.has_moved() for table in tables):
+        raise ValueError("`weights`, `biases` and `rows` must be made anew once tensors have moved")
     if reason is None and not all(table.is_plain for table in tables):
         reason = "its kernel needs contiguous tensors that begin at multiples of 16 bytes"
     traced = torch.compiler.is_compiling() or (x.numel() and not are_plain(*inputs))

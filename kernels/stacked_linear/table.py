@@ -8,6 +8,9 @@ from torch import Tensor
 
 from .._common.launch import aligned
 
+# Tables that a CUDA graph may read whenever it is replayed, so that their memory is never free.
+_IN_GRAPHS: list[Tensor] = []
+
 
 class TensorTable:
     """Tensors of the same shape, dtype and device.
@@ -46,6 +49,7 @@ class TensorTable:
             for x, pointer in zip(self.tensors, self._pointers, strict=True)
         )
         self._addresses: Tensor | None = None
+        self._in_graph = False
 
     def __len__(self) -> int:
         return len(self.tensors)
@@ -56,12 +60,29 @@ class TensorTable:
         return (
             len(tensors) == len(self.tensors)
             and all(map(is_, tensors, self.tensors))
-            and tuple(map(Tensor.data_ptr, self.tensors)) == self._pointers
+            and not self.has_moved()
             and all(x.dtype == self.dtype for x in self.tensors)
         )
 
+    def has_moved(self) -> bool:
+        """Whether some tensor lies elsewhere than when the table was made."""
+        return tuple(map(Tensor.data_ptr, self.tensors)) != self._pointers
+
     def addresses(self) -> Tensor:
-        """``(G,)``, int64, on the device of the tensors."""
+        """``(G,)``, int64, on the device of the tensors.
+
+        Raises:
+            RuntimeError: first asked for while a CUDA graph is captured, which cannot hold their
+                sending.
+        """
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if self._addresses is None:
+            if capturing:
+                raise RuntimeError(
+                    "a `TensorTable` must be used once before a CUDA graph is captured with it"
+                )
             self._addresses = torch.tensor(self._pointers, dtype=torch.int64, device=self.device)
+        elif capturing and not self._in_graph:
+            self._in_graph = True
+            _IN_GRAPHS.append(self._addresses)
         return self._addresses

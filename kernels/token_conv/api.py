@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .._common.checks import IMPLEMENTATIONS, check_choice, check_grid, check_shape, check_tensor
 from .._common.launch import takes_kernel, why_no_kernel
+from .._common.operators import unless_transformed
 from .._common.plans import Memo, Plans
 from .configs import MAX_SIZE
 from .ops import token_conv2d_triton
@@ -93,8 +94,8 @@ def token_conv2d(
         residual: ``(B, N, C)``, added to the result.
         num_prefix_tokens: tokens before those of the grid (a class token).
         impl: ``auto``, ``reference`` (PyTorch, any device) or ``triton``. ``auto`` takes the
-            Triton kernels on CUDA for float16, bfloat16 and float32 and k <= 7. They
-            differentiate once; under `torch.func` use ``reference``.
+            Triton kernels on CUDA for float16, bfloat16 and float32 and k <= 7, but not under
+            `torch.func` or forward-mode derivatives. They differentiate once.
 
     Returns:
         ``(B, N, C)`` in ``tokens.dtype``; sums are float32 (float64 for float64 inputs).
@@ -106,7 +107,7 @@ def token_conv2d(
         NotImplementedError: ``impl="triton"`` cannot run here.
     """
     kernel, grid, memo = CALLS((tokens, weight, bias, residual), grid, num_prefix_tokens, impl)
-    if kernel:
+    if unless_transformed(kernel, impl, "token_conv2d"):
         return token_conv2d_triton(
             tokens, weight, bias, residual, num_prefix_tokens, *grid, memo=memo
         )

@@ -1,11 +1,15 @@
 """Conditions of all blocks at once: what blocks compute themselves, and when blocks have to."""
 
 import copy
+import gc
 import pickle
+import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from lintra.diffusion.models import block_conditions
 from tiny_models import tiny_lit
@@ -120,6 +124,31 @@ def _drop_labels(model):
     model.transformer_blocks[0].norm1.emb.class_embedder.train()
 
 
+def _new_hooks(model):
+    """As a recipe to remove all hooks does it."""
+    linear = model.transformer_blocks[1].norm1.linear
+    linear._forward_hooks = OrderedDict()
+    linear.register_forward_hook(lambda *_: None)
+
+
+def _post_act(model):
+    model.transformer_blocks[0].norm1.emb.timestep_embedder.post_act = nn.Tanh()
+
+
+def _wrapped(model):
+    """Which answers for the block that it holds."""
+    model.transformer_blocks[1] = checkpoint_wrapper(model.transformer_blocks[1])
+
+
+def _plain_attributes(model):
+    """As FSDP and DataParallel leave parameters."""
+    for block in model.transformer_blocks:
+        for linear in (m for m in block.norm1.modules() if isinstance(m, nn.Linear)):
+            weight = linear.weight.detach()
+            del linear.weight
+            linear.weight = weight
+
+
 def _other_width(model):
     """A second block whose time embedding is narrower inside."""
     embedder = model.transformer_blocks[1].norm1.emb.timestep_embedder
@@ -127,7 +156,10 @@ def _other_width(model):
     embedder.linear_2 = nn.Linear(5, embedder.linear_2.out_features)
 
 
-CHANGES = [_hook, _hook_block, _own_forward, _subclass, _no_bias, _drop_labels, _other_width]
+CHANGES = [
+    _hook, _hook_block, _own_forward, _subclass, _no_bias, _drop_labels,
+    _new_hooks, _post_act, _wrapped, _plain_attributes, _other_width,
+]  # fmt: skip
 
 
 @torch.no_grad()
@@ -142,6 +174,27 @@ def test_blocks_are_asked(launches, model, change, known):
     change(model)
     predict(model)
     assert not launches
+
+
+@torch.no_grad()
+def test_sharded_weights_are_left_alone(launches, model):
+    """FSDP with the original parameters keeps flat slices between its calls."""
+    linear = model.transformer_blocks[1].norm1.linear
+    linear.weight.data = linear.weight.data.flatten()[:7]
+    features, labels = torch.randn(2, 256), torch.tensor([1, 2])
+    assert model._conditions(model.transformer_blocks, features, labels) == [None, None]
+    assert not launches
+
+
+def test_replaced_weights_are_not_kept(launches, model):
+    with torch.no_grad():
+        predict(model)
+    linear = model.transformer_blocks[0].norm1.linear
+    old = weakref.ref(linear.weight)
+    linear.weight = nn.Parameter(torch.zeros_like(linear.weight))
+    predict(model)  # with gradients, as training would
+    gc.collect()
+    assert old() is None
 
 
 def test_blocks_are_asked_with_gradients_autocast_or_many_samples(launches, model):

@@ -215,6 +215,19 @@ def test_gradients_of_any_strides_and_no_tokens(function):
 
 
 @on_gpu_or_interpreted
+@both
+def test_gradients_without_an_epsilon(function):
+    """Programs that are not full have tokens of zeros."""
+    inputs = inputs_of(function, 2, 9, 48)
+    weights = [torch.randn_like(inputs[0])] * (2 if function is gated_ada_layer_norm else 1)
+    ours, plain = (
+        gradients_of(function, inputs, weights, impl=impl, eps=0.0)
+        for impl in ("triton", "reference")
+    )
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+@on_gpu_or_interpreted
 @every
 def test_gradients_of_some_inputs_and_dtypes(function):
     """Parameters of another dtype, one of them frozen; h of a gated norm without a use."""

@@ -55,7 +55,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[launches._Plan]:
     launch = launches.launched
     monkeypatch.setattr(launches, "launched", launched)
     monkeypatch.setattr(launches, "PLANS", Plans(launches._plan))
-    monkeypatch.setattr(api, "_is_one_operator", lambda _: True)
+    monkeypatch.setattr(api, "_is_one_operator", lambda *_: True)
     for each in (launches.attention_api, launches.conv_api, launches.mlp_api):
         monkeypatch.setattr(each, "CALLS", Plans(each._checked))
         monkeypatch.setattr(each, "takes_kernel", lambda impl, x, reason: reason is None)

@@ -213,6 +213,21 @@ def test_checkpointing_and_autocast_change_nothing():
     assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
+@pytest.mark.parametrize("impl", ["reference", "auto", "triton"])
+def test_no_tangent_is_lost(impl):
+    x = torch.randn(1, 12, 1, 16, device=DEVICE)
+
+    def attend(query):
+        return local_attention(query, x, x, grid=(3, 4), radius=1.5, impl=impl)
+
+    with pytest.raises(NotImplementedError, match="forward mode AD"):
+        torch.func.jvp(attend, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(NotImplementedError, match="forward mode AD"):
+            attend(dual)
+
+
 def test_second_derivative_raises():
     query, key, value = inputs_of((3, 3))[:3]
     query = query.detach().requires_grad_()

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernel_checks import DEVICE, on_gpu_or_interpreted
 from lintra.kernels import linear_attention
 from lintra.kernels._common import operators
-from lintra.kernels._common.operators import Operator
+from lintra.kernels._common.operators import Operator, unless_transformed
 from lintra.kernels._common.plans import Memo
 
 
@@ -92,6 +92,33 @@ def test_modes_see_the_operator(operator, mode):
     with mode():
         assert operator(torch.ones(3)) == "dispatcher"
     assert operator(torch.ones(3)) == "launcher"
+
+
+def test_transforms_take_the_reference():
+    """Where a kernel would lose a tangent, or be unknown."""
+    seen = []
+
+    def record(x: Tensor) -> Tensor:
+        seen.append(unless_transformed(True, "auto", "thing"))
+        with pytest.raises(NotImplementedError, match="'triton' for thing: .* torch.func"):
+            unless_transformed(True, "triton", "thing")
+        assert not unless_transformed(False, "triton", "thing")
+        return x.sum()
+
+    torch.func.grad(record)(torch.ones(3))
+    torch.func.vmap(record)(torch.ones(2, 3))
+    torch.func.jvp(record, (torch.ones(3),), (torch.ones(3),))
+    with torch.autograd.forward_ad.dual_level():
+        record(torch.ones(3))
+    assert seen == [False] * 4
+    assert unless_transformed(True, "triton", "thing")
+
+
+def test_tangents_arrive():
+    """On a GPU too, where `auto` takes no kernel then."""
+    x = torch.randn(2, 5, 3, 4, device=DEVICE)
+    _, tangent = torch.func.jvp(lambda q: linear_attention(q, x, x), (x,), (torch.ones_like(x),))
+    assert tangent.abs().max() > 0
 
 
 def test_transforms_see_the_operator(operator):

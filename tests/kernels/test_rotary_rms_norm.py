@@ -168,6 +168,16 @@ def test_gradients_of_any_strides_and_no_tokens():
 
 
 @on_gpu_or_interpreted
+def test_gradients_without_an_epsilon():
+    inputs = inputs_of(1, 5, 3, 64)  # a program is not full
+    weights = [torch.randn_like(inputs[0])] * 2
+    ours, plain = (
+        gradients_of(inputs, weights, impl=impl, eps=0.0) for impl in ("triton", "reference")
+    )
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+@on_gpu_or_interpreted
 def test_gradients_that_kernels_do_not_have():
     *inputs, sines = inputs_of(1, 2, 2, 16)
     with pytest.raises(NotImplementedError, match="no gradient of cosines and sines"):

@@ -110,6 +110,39 @@ def test_gradients_take_the_reference():
         stacked_linear(x, weights, biases, impl="triton")
 
 
+def test_moved_tensors_are_refused():
+    x, weights, biases, _ = inputs_of(2, 3, 16, 8, 0, True, False)
+    weights.tensors[0].data = weights.tensors[0].data.clone()
+    assert weights.has_moved()
+    with pytest.raises(ValueError, match="must be made anew once tensors have moved"):
+        stacked_linear(x, weights, biases)
+
+
+@pytest.mark.gpu
+def test_a_graph_keeps_the_addresses():
+    x, weights, biases, _ = inputs_of(3, 4, 64, 64, 0, True, False, torch.bfloat16)
+    keep = weights.tensors, biases.tensors
+    expected = stacked_linear(x, weights, biases)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = stacked_linear(x, weights, biases)
+    del weights, biases
+    torch.cuda.empty_cache()
+    junk = [torch.full((3,), -1, device=DEVICE) for _ in range(64)]
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+    del keep, junk
+
+
+def test_addresses_are_not_sent_into_a_graph(monkeypatch):
+    table = TensorTable("weights", [torch.zeros(2)])
+    table.device = torch.device("cuda")  # as if it were there
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="used once before a CUDA graph"):
+        table.addresses()
+
+
 def test_a_table_knows_its_tensors():
     tensors = [torch.zeros(2, 4) for _ in range(3)]
     table = TensorTable("weights", tensors)
