@@ -212,6 +212,13 @@ def _changed(**changes):
             ValueError,
             "`labels` must be 3 of int64",
         ),
+        ({"labels": lambda m: m["labels"].to("meta")}, ValueError, "`labels` must be on"),
+        ({"x": lambda m: m["x"].to("meta")}, ValueError, "`x` must be on"),
+        (
+            {"biases": lambda _: TensorTable("b", [torch.zeros(8, device="meta")] * 2)},
+            ValueError,
+            "`biases` must be on",
+        ),
         ({"impl": lambda _: "cuda"}, ValueError, "`impl` must be one of"),
         ({"weights": lambda m: m["biases"]}, ValueError, r"`weights` must have shape \(F, K\)"),
     ],
