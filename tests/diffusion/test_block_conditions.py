@@ -209,6 +209,15 @@ def test_blocks_are_asked_with_gradients_autocast_or_many_samples(launches, mode
 
 
 @torch.no_grad()
+def test_meta_tensors(model):
+    """A device without autocast."""
+    model.to("meta")
+    latents, steps = torch.empty(2, 4, 8, 8, device="meta"), torch.empty(2, device="meta")
+    labels = torch.empty(2, device="meta", dtype=torch.int64)
+    assert model(latents, steps, labels).sample.shape == (2, 8, 8, 8)
+
+
+@torch.no_grad()
 def test_lora_on_a_modulation(launches, model):
     from peft import LoraConfig
 

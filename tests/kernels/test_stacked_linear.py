@@ -110,6 +110,18 @@ def test_gradients_take_the_reference():
         stacked_linear(x, weights, biases, impl="triton")
 
 
+def test_meta():
+    x, weights, biases, _ = inputs_of(2, 3, 16, 8, 0, True, False)
+    tables = [TensorTable("meta", [y.to("meta") for y in t.tensors]) for t in (weights, biases)]
+    assert stacked_linear(x.to("meta"), *tables).shape == (2, 3, 8)
+
+
+def test_integers_are_refused():
+    x, weights, biases, _ = inputs_of(2, 3, 16, 8, 0, True, False)
+    with pytest.raises(TypeError, match="`x` must be float16"):
+        stacked_linear(x.int(), weights, biases)
+
+
 def test_moved_tensors_are_refused():
     x, weights, biases, _ = inputs_of(2, 3, 16, 8, 0, True, False)
     weights.tensors[0].data = weights.tensors[0].data.clone()
