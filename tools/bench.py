@@ -53,6 +53,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--training", action="store_true", help="models: a training step")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a GPU too")
     parser.add_argument("--compile-mode", choices=MODES, default=MODES[0], help="of both models")
+    parser.add_argument(
+        "--whole", action="store_true", help="lit: compile models whole, not block by block"
+    )
     parser.add_argument("--no-compile", action="store_true", help="no peer and no model compiled")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=(), help="these only")
     parser.add_argument("--calls", type=int, default=20, help="timed calls of a measurement")
@@ -137,6 +140,7 @@ def _cases(options: Namespace, settings: "Settings") -> "list[Case]":
             compile_mode=None if options.no_compile else options.compile_mode,
             training=options.training,
             tiny=tiny,
+            whole=options.whole,
         )
         names = MODEL_NAMES if options.name == "models" else (options.name,)
         own = {"clear": clear, "lit": lit}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from kernel_checks import DEVICE, on_gpu_or_interpreted, poisoned
 from lintra.kernels import ada_layer_norm, gated_ada_layer_norm, gated_add
@@ -304,7 +305,8 @@ def test_compiles_without_a_graph_break(function):
 
 
 @every
-def test_a_tracer_is_given_pytorch_to_fuse(function, monkeypatch):
+@pytest.mark.parametrize("training", [False, True])
+def test_a_tracer_is_given_sums_and_gradients_to_fuse(function, training, monkeypatch):
     from lintra.kernels.ada_layer_norm import api, configs
 
     def kernel(*_):
@@ -313,10 +315,34 @@ def test_a_tracer_is_given_pytorch_to_fuse(function, monkeypatch):
     monkeypatch.setattr(api, f"{function.__name__}_triton", kernel)
     monkeypatch.setattr(api, "takes_kernel", lambda *_: True)  # as on a GPU
     monkeypatch.setattr(configs, "GATED_ADD_MIN_ELEMENTS", 30)
-    inputs = inputs_of(function, 2, 3, 5)
+    inputs = [x.requires_grad_(training) for x in inputs_of(function, 2, 3, 5)]
     with pytest.raises(AssertionError, match="launched"):
         function(*inputs)
-    torch.compile(function, fullgraph=True, backend="eager")(*inputs)
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    if function is gated_add or training:
+        compiled(*inputs)
+    else:
+        with pytest.raises(Exception, match="launched"):
+            compiled(*inputs)
+
+
+@pytest.mark.parametrize("function", [ada_layer_norm, gated_ada_layer_norm])
+def test_the_operator_in_a_graph_serves_all_sizes(function, monkeypatch):
+    from lintra.kernels.ada_layer_norm import api
+
+    monkeypatch.setattr(api, "takes_kernel", lambda *_: True)  # as on a GPU
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
+    counts = []
+    for tokens in (3, 7, 12):
+        inputs = inputs_of(function, 2, tokens, 5)
+        inputs = [x.clone() for x in inputs]  # else sizes that meet by chance stay guarded
+        expected = function(*inputs, impl="reference")
+        torch.testing.assert_close(compiled(*inputs), expected)
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[-1]
+    operators = [node for node in counter.graphs[-1].graph.nodes if "lintra" in str(node.target)]
+    assert len(operators) == 1
 
 
 def test_small_sums_are_left_to_pytorch(monkeypatch):

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -229,9 +230,11 @@ def test_one_without_room_beside_the_others_is_timed_after_them() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", ["lit", "inline_deit"])
+@pytest.mark.parametrize(
+    ("name", "whole"), [("lit", False), ("lit", True), ("inline_deit", False)]
+)
 def test_nothing_compiles_once_turns_begin(
-    name: str, training: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, whole: bool, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counter = CompileCounter()
     original, plain = torch.compile, turns.take_turns
@@ -250,7 +253,7 @@ def test_nothing_compiles_once_turns_begin(
     monkeypatch.setattr(turns, "take_turns", counting)
     monkeypatch.setattr(runner, "_checked", lambda *_: None)
     monkeypatch.setattr(runner, "copy_bandwidth", lambda *_: 1e9)
-    mode = models.Mode(CPU, torch.bfloat16, tiny=True, training=training)
+    mode = models.Mode(CPU, torch.bfloat16, tiny=True, training=training, whole=whole)
     build = lit.cases if name == "lit" else partial(models.cases, [name])
     settings = runner.Settings(CPU, torch.bfloat16, LIMITS, say=lambda line: None)
     _, rows = runner.run_cases(build(mode, [(64, 2), (96, 2)]), settings)
@@ -268,7 +271,8 @@ def test_nothing_compiles_once_turns_begin(
 def test_graphs_of_two_models_take_turns(training: bool) -> None:
     device = open_device("cuda")
     mode = models.Mode(device, torch.bfloat16, "reduce-overhead", training, tiny=True)
-    (case,) = models.cases(["inline_deit"], mode)
+    cases = models.cases(["inline_deit"], mode) + lit.cases(replace(mode, whole=True))
     settings = runner.Settings(device, torch.bfloat16, LIMITS, say=lambda line: None)
-    _, rows = runner.run_cases([case], settings)
-    assert [(row.impl, row.error) for row in rows] == [(OURS, ""), ("timm", "")]
+    _, rows = runner.run_cases(cases, settings)
+    found = [(row.impl, row.error) for row in rows]
+    assert found == [(OURS, ""), ("timm", ""), (OURS, ""), ("dit", "")]

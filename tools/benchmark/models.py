@@ -30,6 +30,7 @@ class Mode:
         compile_mode: mode of torch.compile; None runs eagerly.
         training: measure a training step with AdamW instead of a forward.
         tiny: two blocks of a few channels, to try the tool.
+        whole: compile diffusion models as one graph instead of block by block.
     """
 
     device: torch.device
@@ -37,9 +38,12 @@ class Mode:
     compile_mode: str | None = "default"
     training: bool = False
     tiny: bool = False
+    whole: bool = False
 
     def __str__(self) -> str:
-        return "eager" if self.compile_mode is None else f"compile:{self.compile_mode}"
+        if self.compile_mode is None:
+            return "eager"
+        return f"compile:{self.compile_mode}{' whole' if self.whole else ''}"
 
 
 def _timm_model(name: str, side: int, mode: Mode) -> nn.Module:
