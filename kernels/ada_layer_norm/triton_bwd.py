@@ -23,12 +23,17 @@ from .._common.plans import Plans
 from .configs import bwd_launch_of
 
 
+@triton.jit
+def _both(a, b, c, d):
+    return a + c, b + d
+
+
 @triton.jit(do_not_specialize=["tokens", "share", "splits", "gate_s", "scale_s", "eps"])
 def _ada_layer_norm_bwd_kernel(
     p_dh, p_dy, p_h, p_update, p_gate, p_scale, p_dx, p_du, p_sums,
     tokens, share, splits, gate_s, scale_s, eps,
     C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """With n = (h - mean) r, r = 1 / sqrt(var + eps) and w = dy (1 + scale) a token's gradient is
 
@@ -52,7 +57,7 @@ def _ada_layer_norm_bwd_kernel(
         scale = 1.0 + tl.load(p_scale + o_c, mask=m_c, other=0.0).to(tl.float32)
         sum_scale = tl.zeros((ROWS, BLOCK_C), tl.float32)
         sum_shift = tl.zeros((ROWS, BLOCK_C), tl.float32)
-    for token in range(first, last, ROWS):
+    for token in tl.range(first, last, ROWS, num_stages=STAGES):
         mask = (o_r < last - token)[:, None]
         if BLOCK_C > C:
             mask = mask & m_c[None, :]
@@ -63,17 +68,20 @@ def _ada_layer_norm_bwd_kernel(
         if NORM:
             dy = tl.load(p_dy + place, mask=mask, other=0.0).to(tl.float32)
             n = tl.load(p_h + place, mask=mask, other=0.0).to(tl.float32)
-            n -= (tl.sum(n, 1) / C)[:, None]
+            # Sums that need not wait for each other share the warps' exchange.
+            w = dy * scale[None, :]
+            sum_n, sum_w = tl.reduce((n, w), 1, _both)
+            n -= (sum_n / C)[:, None]
             if BLOCK_C > C:
                 n = tl.where(m_c[None, :], n, 0.0)
-            r = 1.0 / tl.sqrt(tl.sum(n * n, 1) / C + eps)
+            sum_nn, sum_wn = tl.reduce((n * n, w * n), 1, _both)
+            r = 1.0 / tl.sqrt(sum_nn / C + eps)
             # Infinite where there is no token, if eps is 0.
-            r = tl.where(o_r < last - token, r, 0.0)[:, None]
-            n *= r
+            r = tl.where(o_r < last - token, r, 0.0)
+            n *= r[:, None]
             sum_scale += dy * n
             sum_shift += dy
-            w = dy * scale[None, :]
-            normed = r * (w - (tl.sum(w, 1) / C)[:, None] - n * (tl.sum(w * n, 1) / C)[:, None])
+            normed = r[:, None] * (w - (sum_w / C)[:, None] - n * (r * sum_wn / C)[:, None])
             if GATED:
                 dx += normed
             else:
@@ -99,10 +107,11 @@ def _plan(
     """The number of splits, and the launch."""
     x, gate, scale, _ = tensors
     batch, tokens, channels = x.shape
-    launch = bwd_launch_of(channels)
+    launch = bwd_launch_of(channels, x.element_size(), norm=norm, gated=gated)
     rows = min(launch.rows, 1 << (tokens - 1).bit_length())
     blocks = ceil_div(tokens, rows)
-    splits = min(blocks, ceil_div(launch.programs * multiprocessors(x), batch))
+    # No more than run at a time: a few that are left over would take as long as all the others.
+    splits = min(blocks, max(launch.programs * multiprocessors(x) // batch, 1))
     share = ceil_div(blocks, splits) * rows
     splits = ceil_div(tokens, share)
     parameters = unit_last(gate), unit_last(scale)
@@ -110,7 +119,8 @@ def _plan(
     numbers = (tokens, share, splits, *strides_in_vectors(vector, *parameters), eps)
     constants = {
         "C": channels, "BLOCK_C": 1 << (channels - 1).bit_length(), "ROWS": rows,
-        "VECTOR": vector, "NORM": norm, "GATED": gated, "num_warps": launch.warps,
+        "VECTOR": vector, "NORM": norm, "GATED": gated, "STAGES": launch.stages,
+        "num_warps": launch.warps,
     }  # fmt: skip
     return splits, KernelCall(_ada_layer_norm_bwd_kernel, (batch, splits), numbers, constants)
 

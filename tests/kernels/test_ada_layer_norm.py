@@ -187,7 +187,7 @@ def test_gradients(function, shape):
 @on_gpu_or_interpreted
 @pytest.mark.usefixtures("poisoned")
 @every
-@pytest.mark.parametrize("launch", [BwdLaunch(1, 4, 1), BwdLaunch(4, 2, 3)], ids=str)
+@pytest.mark.parametrize("launch", [BwdLaunch(1, 4, 1), BwdLaunch(4, 2, 3, 3)], ids=str)
 def test_every_launch_gives_the_same_gradients(function, launch, monkeypatch):
     from lintra.kernels.ada_layer_norm import triton_bwd
 

@@ -230,9 +230,7 @@ def test_one_without_room_beside_the_others_is_timed_after_them() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(
-    ("name", "whole"), [("lit", False), ("lit", True), ("inline_deit", False)]
-)
+@pytest.mark.parametrize(("name", "whole"), [("lit", False), ("lit", True), ("inline_deit", False)])
 def test_nothing_compiles_once_turns_begin(
     name: str, whole: bool, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
