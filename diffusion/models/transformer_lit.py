@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .block_conditions import BlockConditions
+from .block_runs import BlockRuns
 from .linear_blocks import LinearTransformerMixin, install_linear_attention, token_grid
 from .lit_block import LiTBlock, embed_condition
 from .modulation import modulated
@@ -114,6 +115,11 @@ class LiTTransformer2DModel(LinearTransformerMixin, AttentionMixin, DiTTransform
         )
         set_time_freq_shift(self, time_freq_shift)
         self._conditions = BlockConditions()
+        self._runs = BlockRuns()
+
+    def compile_runs(self, **options: Any) -> None:
+        """Compiles runs of blocks, see `BlockRuns`; `options` are those of `torch.compile`."""
+        self._runs.compile(**options)
 
     def forward(
         self,
@@ -149,12 +155,16 @@ class LiTTransformer2DModel(LinearTransformerMixin, AttentionMixin, DiTTransform
 
         modulations = self._conditions(self.transformer_blocks, time_features, class_labels)
 
-        for block, modulation in zip(self.transformer_blocks, modulations, strict=True):
-            arguments = (hidden_states, time_features, class_labels, attention_kwargs, modulation)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, *arguments)
-            else:
-                hidden_states = block(*arguments)
+        checkpointing = torch.is_grad_enabled() and self.gradient_checkpointing
+        hidden_states = self._runs(
+            self.transformer_blocks,
+            hidden_states,
+            time_features,
+            class_labels,
+            attention_kwargs,
+            modulations,
+            checkpoint=self._gradient_checkpointing_func if checkpointing else None,
+        )
 
         condition = embed_condition(embedding, time_features, class_labels)
         shift, scale = self.proj_out_1(F.silu(condition)).chunk(2, dim=1)

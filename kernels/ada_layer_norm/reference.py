@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._common.operators import needs_gradient
 from .._common.precision import accumulation_dtype, no_autocast
 
 
@@ -26,9 +27,14 @@ def gated_ada_layer_norm_reference(
 
 def gated_add_reference(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     """The operation of `api.gated_add`."""
+    keeps_sum = not torch.compiler.is_compiling() or not needs_gradient(x, update, gate)
     gate = gate.unsqueeze(1)
     with no_autocast(x.device.type):
         if x.dtype == update.dtype == gate.dtype:
-            return torch.addcmul(x, gate, update)  # float32 inside, and a gradient keeps no more
+            if keeps_sum:
+                return torch.addcmul(x, gate, update)  # float32 inside
+            # One kernel, float32 inside, too; but this the partitioner of a graph computes once
+            # more for the backward pass, where it keeps what `addcmul` gives: a tensor a block.
+            return x + gate * update
         dtype = accumulation_dtype(x.dtype)
         return torch.addcmul(x.to(dtype), gate.to(dtype), update.to(dtype)).to(x.dtype)

@@ -1,0 +1,99 @@
+"""The blocks of a LiT one after the other, and compiled a few to a graph."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..untouched import is_unhooked
+from .lit_block import LiTBlock
+
+# Each compiled call costs the host guards and bookkeeping, some 0.3 ms of the 0.5 that a block took
+# by itself; a graph of four has most of what more blocks would save, and compiles in seconds.
+_LONGEST = 4
+
+
+def _run(
+    blocks: Sequence[nn.Module],
+    hidden_states: Tensor,
+    time_features: Tensor,
+    class_labels: Tensor | None,
+    attention_kwargs: dict[str, Any],
+    modulations: Sequence[Tensor | None],
+) -> Tensor:
+    """Blocks that nothing is hooked to."""
+    for block, modulation in zip(blocks, modulations, strict=True):
+        hidden_states = block.forward(
+            hidden_states, time_features, class_labels, attention_kwargs, modulation
+        )
+    return hidden_states
+
+
+def _length(num_blocks: int) -> int:
+    """Blocks of a run: all runs of a model are of one length, and share one compilation."""
+    return max(length for length in range(1, _LONGEST + 1) if num_blocks % length == 0)
+
+
+class BlockRuns:
+    """``x <- block_l(x, ...)`` for all blocks l of a LiT, once compiled by runs of up to four.
+
+    Blocks are called, each by itself, where calling them is more than their forward, with hooks and
+    wrappers (FSDP); in training, where a graph of several keeps more for its gradients than their
+    own do; and while a compiler traces the whole model.
+
+    Belongs to one model, and is no part of its state.
+    """
+
+    def __init__(self) -> None:
+        self._compiled: Callable[..., Tensor] | None = None
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        return type(self), ()  # as a compiled module, a copy is not compiled
+
+    def compile(self, **options: Any) -> None:
+        """Compiles runs; `options` are those of `torch.compile`."""
+        self._compiled = torch.compile(_run, **options)
+
+    def __call__(
+        self,
+        blocks: nn.ModuleList,
+        hidden_states: Tensor,
+        time_features: Tensor,
+        class_labels: Tensor | None,
+        attention_kwargs: dict[str, Any],
+        modulations: Sequence[Tensor | None],
+        checkpoint: Callable[..., Tensor] | None = None,
+    ) -> Tensor:
+        """Tokens after the last block.
+
+        Args:
+            blocks: of `LiTBlock`.
+            hidden_states: ``(B, N, C)``, see `LiTBlock`.
+            time_features: ``(B, 256)``, see `LiTBlock`.
+            class_labels: ``(B,)`` int64.
+            attention_kwargs: for each block's attention.
+            modulations: for each block ``(B, 6 C)`` or None, see `BlockConditions`.
+            checkpoint: calls ``block(*arguments)`` and keeps no activations of it; None for none.
+
+        Returns:
+            ``(B, N, C)``.
+        """
+        shared = (time_features, class_labels, attention_kwargs)
+        if (
+            self._compiled is not None
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and all(type(block) is LiTBlock and is_unhooked(block) for block in blocks)
+        ):
+            length = _length(len(blocks))
+            for start in range(0, len(blocks), length):
+                run = slice(start, start + length)
+                hidden_states = self._compiled(
+                    tuple(blocks[run]), hidden_states, *shared, tuple(modulations[run])
+                )
+            return hidden_states
+        for block, modulation in zip(blocks, modulations, strict=True):
+            arguments = (hidden_states, *shared, modulation)
+            hidden_states = checkpoint(block, *arguments) if checkpoint else block(*arguments)
+        return hidden_states
