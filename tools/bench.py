@@ -69,7 +69,8 @@ def _parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 1 if our implementation is wrong, before any speed is shown; 2 for a bad call."""
+    """Exit code 1 if our implementation is wrong, before any speed is shown; 2 for a bad call; 130
+    for one that was interrupted, with the tables of what had been measured."""
     words = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(words)
     try:
@@ -85,13 +86,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .benchmark.environment import describe
     from .benchmark.plot import write_plot
     from .benchmark.report import markdown, text, write_csv
-    from .benchmark.runner import CheckFailed, run_cases
+    from .benchmark.runner import CheckFailed, Interrupted, run_cases
 
+    interrupted = False
     try:
         bandwidth, rows = run_cases(cases, settings)
     except CheckFailed as error:
         print(f"error: wrong result, so no speed: {error}", file=sys.stderr)
         return 1
+    except Interrupted as error:
+        interrupted, bandwidth, rows = True, error.bandwidth, error.rows
     command = shlex.join(["lintra", "bench", *words])
     environment = describe(settings.device, options.dtype, command, bandwidth, options.commit)
     stem = options.output_dir / options.name
@@ -101,6 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
         options.markdown.write_text(markdown(options.name, rows, environment))
     print(text(rows, environment))
+    if interrupted:
+        print("interrupted: the tables have what had been measured", file=sys.stderr)
+        return 130
     return int(any(row.impl == OURS and row.times is None for row in rows))
 
 

@@ -4,6 +4,7 @@ import csv
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -225,6 +226,33 @@ def test_a_wrong_implementation_has_no_speed(
     assert line.startswith("error: wrong result, so no speed: ")
     assert re.search(message, line)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("after", [0, 1, 5])
+def test_an_interrupt_leaves_what_was_measured(
+    after: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    measure, calls = runner.measure, []
+
+    def stopped(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(runner, "measure", stopped)
+    if not after:  # as any program
+        with pytest.raises(KeyboardInterrupt):
+            run("ada_layer_norm", tmp_path)
+        assert list(tmp_path.iterdir()) == []
+        return
+    assert run("ada_layer_norm", tmp_path, "--markdown", str(tmp_path / "table.md")) == 130
+    assert len(records(tmp_path / "ada_layer_norm.csv")) == after
+    assert "| fwd |" in (tmp_path / "table.md").read_text()
+    assert capsys.readouterr().err.endswith("had been measured\n")
 
 
 @pytest.mark.parametrize(

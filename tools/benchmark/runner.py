@@ -65,6 +65,14 @@ class CheckFailed(Exception):
     """Our implementation is wrong: there is no speed to report."""
 
 
+class Interrupted(Exception):
+    """Someone has stopped the run; `bandwidth` and `rows` are what it had measured until then."""
+
+    def __init__(self, bandwidth: float, rows: list[Row]) -> None:
+        super().__init__("interrupted")
+        self.bandwidth, self.rows = bandwidth, rows
+
+
 def run_cases(cases: Sequence[Case], settings: Settings) -> tuple[float, list[Row]]:
     """Checks all cases, then times them.
 
@@ -73,6 +81,7 @@ def run_cases(cases: Sequence[Case], settings: Settings) -> tuple[float, list[Ro
 
     Raises:
         CheckFailed: before anything is timed.
+        Interrupted: by the keyboard, or SIGINT, once something was.
     """
     if settings.device.type == "cuda":
         torch.cuda.set_device(settings.device)
@@ -82,8 +91,21 @@ def run_cases(cases: Sequence[Case], settings: Settings) -> tuple[float, list[Ro
             raise CheckFailed(f"{case}: {problem}")
         settings.say(f"correct: {case}")
     bandwidth = copy_bandwidth(settings.device, settings.limits)
-    started = time.monotonic()
     rows: list[Row] = []
+    order = {id(case): index for index, case in enumerate(cases)}
+    try:
+        for row in _rows(cases, settings, bandwidth):
+            rows.append(row)
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        raise Interrupted(bandwidth, sorted(rows, key=lambda row: order[id(row.case)])) from None
+    return bandwidth, sorted(rows, key=lambda row: order[id(row.case)])
+
+
+def _rows(cases: Sequence[Case], settings: Settings, bandwidth: float) -> Iterator[Row]:
+    """In the order in which they are measured."""
+    started = time.monotonic()
 
     def skipped(name: str, peer: Peer) -> str:
         if peer.is_compiled and not settings.use_compile:
@@ -100,18 +122,16 @@ def run_cases(cases: Sequence[Case], settings: Settings) -> tuple[float, list[Ro
             if case.takes_turns:
                 compiles = settings.use_compile and any(p.is_compiled for p in entries.values())
                 if compiles == is_compiled:
-                    rows += _in_turns(case, entries, settings, bandwidth, skipped)
+                    yield from _in_turns(case, entries, settings, bandwidth, skipped)
                 continue
             for name, peer in entries.items():
                 if peer.is_compiled != is_compiled:
                     continue
                 if reason := skipped(name, peer):
-                    rows += _failed(case, name, settings, bandwidth, reason)
+                    yield from _failed(case, name, settings, bandwidth, reason)
                     continue
                 settings.say(f"timing: {case}: {name}")
-                rows += _timed(case, name, peer, settings, bandwidth)
-    order = {id(case): index for index, case in enumerate(cases)}
-    return bandwidth, sorted(rows, key=lambda row: order[id(row.case)])
+                yield from _timed(case, name, peer, settings, bandwidth)
 
 
 def _checked(case: Case, settings: Settings) -> str | None:
@@ -226,5 +246,6 @@ def _in_turns(
                 row = Row(case, name, direction, None, floor, result)
             else:
                 row = Row(case, name, direction, result, floor)
-                settings.say(f"  {direction}: {name}: {result.p50:.4f} ms")
+                memory = f", {result.peak_mib:.0f} MiB" if result.peak_mib else ""
+                settings.say(f"  {direction}: {name}: {result.p50:.4f} ms{memory}")
             yield row
