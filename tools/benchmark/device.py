@@ -29,6 +29,12 @@ def cache_bytes(device: torch.device) -> int:
     return 0
 
 
+def freeze() -> None:
+    """Spares `release` the objects of imported modules: half a million, a third of a second."""
+    gc.collect()
+    gc.freeze()
+
+
 def release(device: torch.device) -> None:
     """Gives the memory of what has been dropped back."""
     if device.type == "cuda":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -115,6 +116,7 @@ def cases(mode: Mode, shapes: Sequence[Sequence[int]] | None = None) -> list[Cas
     Raises:
         ValueError: a shape of another form.
     """
+    import_module("lintra.diffusion.models.transformer_lit")  # before anything is timed
     for shape in shapes or ():
         if len(shape) != 2 or shape[0] % _TOKEN or min(shape) < 1:
             raise ValueError(f"`shape` must be pixels (a multiple of 16), batch, got {shape}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .accuracy import check
 from .case import ATTENTION_FACTOR, FLOOR_FACTOR, OURS, PEAK_FLOPS, Case, Peer, Run
-from .device import release, short
+from .device import freeze, release, short
 from .timing import Limits, Times, copy_bandwidth, measure, num_sets
 from .turns import time_in_turns
 
@@ -85,6 +85,7 @@ def run_cases(cases: Sequence[Case], settings: Settings) -> tuple[float, list[Ro
     """
     if settings.device.type == "cuda":
         torch.cuda.set_device(settings.device)
+    freeze()
     for case in cases:
         problem = _checked(case, settings)
         if problem is not None:
