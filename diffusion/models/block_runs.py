@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from ..untouched import is_unhooked
 from .lit_block import LiTBlock
 
-# A compiled call costs the host guards and bookkeeping, which a run has once: a block took .50 ms by
-# itself and .43 in a run of four (a CPU with empty launches, 2026-11-30). Longer graphs save little
-# more and compile for longer.
+# A compiled call costs the host guards and bookkeeping, which a run has once: a block took .50 ms
+# by itself and .43 in a run of four (a CPU with empty launches, 2026-11-30). Longer graphs save
+# little more and compile for longer.
 _LONGEST = 4
 
 
