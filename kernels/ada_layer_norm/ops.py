@@ -1,6 +1,5 @@
 """Adaptive layer normalisation and gated sums as PyTorch operators; triton comes when they run."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -84,9 +83,11 @@ _ADD_BWD = register(
 )
 
 
-def _as_parameters(sums: Tensor, *dtypes: torch.dtype) -> Iterator[Tensor]:
+def _as_parameters(sums: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
     """The gradients of parameters, in their dtypes."""
-    return (x.to(dtype) for x, dtype in zip(sums.unbind(), dtypes, strict=True))
+    if len(set(dtypes)) == 1:  # as chunks of one linear map have: one call instead of one each
+        sums = sums.to(dtypes[0])
+    return [x.to(dtype) for x, dtype in zip(sums.unbind(), dtypes, strict=True)]
 
 
 class _AdaLayerNorm(torch.autograd.Function):

@@ -41,25 +41,33 @@ _BWD = register(
 )
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor | None, ...]:
+    """The output, and what `attend_bwd` may start from where that is known."""
+    if not torch.compiler.is_compiling() and are_plain(query, key, value):
+        from .triton_fwd import linear_attention_fwd_keeping
+
+        return linear_attention_fwd_keeping(query, key, value, *options)
+    # A compiler has no results that are there or not.
+    return (_FWD(query, key, value, *options),)
+
+
+def attend_bwd(d_out: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; `arguments` are those of `attend` and what that kept."""
+    return first_derivative("linear_attention", _BWD, d_out, *arguments)
+
+
 class _LinearAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
         ctx.options = options
-        kept: list[Tensor | None] = []
-        if not torch.compiler.is_compiling() and are_plain(query, key, value):
-            from .triton_fwd import linear_attention_fwd_keeping
-
-            out, *kept = linear_attention_fwd_keeping(query, key, value, *options)
-        else:  # a compiler has no results that are there or not
-            out = _FWD(query, key, value, *options)
+        out, *kept = attend(query, key, value, *options)
         ctx.save_for_backward(query, key, value, *kept)
-        return out
+        return out  # type: ignore[return-value]
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *kept = ctx.saved_tensors
-        arguments = (d_out, query, key, value, *ctx.options, *kept)
-        grads = first_derivative("linear_attention", _BWD, *arguments)
+        grads = attend_bwd(d_out, query, key, value, *ctx.options, *kept)
         return (*grads, None, None, None, None)
 
 

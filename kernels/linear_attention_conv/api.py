@@ -40,7 +40,8 @@ def linear_attention_conv2d(
     The mixer of SLA (Guo et al. 2024, arXiv:2405.11582) and, with filters that `grouped_mlp` makes,
     of InLine (Han et al. 2024, arXiv:2412.06590) between the projections. The kernels are those of
     the three operations; where no gradient is asked for, they are launched one after the other
-    without views between and by one look-up: eager mode waits for the host.
+    without views between and by one look-up: eager mode waits for the host. With a gradient they
+    are one node, in which the convolution's kernel adds the two gradients of values.
 
     Args:
         query: ``(B, N, H, D)``, see `linear_attention`.

@@ -4,9 +4,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from .._common.operators import needs_gradient, reason_of_transforms
 from ..grouped_mlp import grouped_mlp
+from ..linear_attention import api as attention_api
 from ..linear_attention import linear_attention
+from ..token_conv import api as conv_api
 from ..token_conv import token_conv2d
+from .gradient import linear_attention_conv2d_triton
 
 # Query, key, value, the bias or None, and the filters or what a `FilterMlp` makes them from.
 Tensors: TypeAlias = tuple[Any, ...]
@@ -44,13 +48,23 @@ def composed(
 ) -> Tensor:  # fmt: skip
     """The operation of `api.linear_attention_conv2d`, whoever computes its parts."""
     query, key, value, bias, *rest = tensors
-    out = linear_attention(
-        query, key, value, feature_map=feature_map, normalizer=normalizer, eps=eps
-    )
     weight = rest[0]
     if groups is not None and size is not None:
         x, weight1, bias1, weight2, bias2 = rest
         weight = FilterMlp(x, weight1, bias1, weight2, bias2, groups, size).filters()
+    inputs = (query, key, value, weight, bias)
+    if needs_gradient(*inputs) and query.shape[1:3] == value.shape[1:3]:
+        kernel, scale, _ = attention_api.CALLS(
+            (query, key, value), feature_map, normalizer, None, eps, "auto"
+        )
+        values = value.flatten(2)
+        takes, sides, _ = conv_api.CALLS((values, weight, bias, values), grid, prefix, "auto")
+        if kernel and takes and reason_of_transforms() is None:
+            attention = (feature_map, normalizer, float(scale), float(eps))
+            return linear_attention_conv2d_triton(*inputs, attention, (prefix, *sides))
+    out = linear_attention(
+        query, key, value, feature_map=feature_map, normalizer=normalizer, eps=eps
+    )
     return token_conv2d(
         value.flatten(2), weight, bias,
         grid=grid, residual=out.flatten(2), num_prefix_tokens=prefix,

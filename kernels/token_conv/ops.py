@@ -17,7 +17,7 @@ def _fwd_shapes(
 
 
 def _bwd_tokens_shapes(
-    d_out: Tensor, weight: Tensor, prefix: int, height: int, width: int
+    d_out: Tensor, weight: Tensor, residual: Tensor | None, prefix: int, height: int, width: int
 ) -> Tensor:
     return d_out.new_empty(d_out.shape)
 
@@ -42,7 +42,7 @@ _FWD = register(
 )
 _BWD_TOKENS = register(
     "token_conv2d_bwd_tokens",
-    f"(Tensor d_out, Tensor weight, {_GRID}) -> Tensor",
+    f"(Tensor d_out, Tensor weight, Tensor? residual, {_GRID}) -> Tensor",
     f"{__package__}.triton_fwd:token_conv2d_bwd_tokens",
     _bwd_tokens_shapes,
 )
@@ -55,6 +55,35 @@ _BWD_WEIGHT = register(
 )
 
 
+def convolve(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, *grid: int
+) -> Tensor:
+    """The operation without a gradient; `grid` is prefix, height, width."""
+    return _FWD(tokens, weight, bias, residual, *grid)
+
+
+def convolve_bwd_tokens(
+    d_out: Tensor, weight: Tensor, residual: Tensor | None, *grid: int
+) -> Tensor:
+    """The gradient of tokens, added to `residual`, another one of theirs."""
+    return first_derivative("token_conv2d", _BWD_TOKENS, d_out, weight, residual, *grid)
+
+
+def convolve_bwd_weight(
+    d_out: Tensor, tokens: Tensor, weight: Tensor, bias_dtype: torch.dtype | None,
+    needs_weight: bool, needs_bias: bool, *grid: int,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Those gradients of weight and bias that are needed, in their dtypes."""
+    if not (needs_weight or needs_bias):
+        return None, None
+    sizes = (*weight.shape[-3:-1], weight.ndim == 4, *grid)
+    d_weight, d_bias = first_derivative("token_conv2d", _BWD_WEIGHT, d_out, tokens, *sizes)
+    return (
+        d_weight.to(weight.dtype) if needs_weight else None,
+        d_bias.to(bias_dtype) if needs_bias else None,
+    )
+
+
 class _TokenConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -64,20 +93,16 @@ class _TokenConv2d(torch.autograd.Function):
         ctx.save_for_backward(tokens, weight)
         ctx.grid = grid
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _FWD(tokens, weight, bias, residual, *grid)
+        return convolve(tokens, weight, bias, residual, *grid)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         tokens, weight = ctx.saved_tensors
         needs_tokens, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-        d_tokens = d_weight = d_bias = None
-        if needs_tokens:
-            d_tokens = first_derivative("token_conv2d", _BWD_TOKENS, d_out, weight, *ctx.grid)
-        if needs_weight or needs_bias:
-            sizes = (*weight.shape[-3:-1], weight.ndim == 4, *ctx.grid)
-            d_weight, d_bias = first_derivative("token_conv2d", _BWD_WEIGHT, d_out, tokens, *sizes)
-            d_weight = d_weight.to(weight.dtype) if needs_weight else None
-            d_bias = d_bias.to(ctx.bias_dtype) if needs_bias else None
+        d_tokens = convolve_bwd_tokens(d_out, weight, None, *ctx.grid) if needs_tokens else None
+        d_weight, d_bias = convolve_bwd_weight(
+            d_out, tokens, weight, ctx.bias_dtype, needs_weight, needs_bias, *ctx.grid
+        )
         return d_tokens, d_weight, d_bias, d_out if needs_residual else None, None, None, None
 
 

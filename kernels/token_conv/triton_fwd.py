@@ -199,7 +199,8 @@ def token_conv2d_fwd(
 
 
 def token_conv2d_bwd_tokens(
-    d_out: Tensor, weight: Tensor, prefix: int, height: int, width: int
+    d_out: Tensor, weight: Tensor, residual: Tensor | None, prefix: int, height: int, width: int
 ) -> Tensor:
-    """Gradient of the tokens: the convolution of `d_out` with the flipped weights."""
-    return convolve(d_out, weight, None, None, prefix, height, width, flipped=True)
+    """Gradient of the tokens: the convolution of `d_out` with the flipped weights, on `residual`,
+    what else there is of it."""
+    return convolve(d_out, weight, None, residual, prefix, height, width, flipped=True)

@@ -90,24 +90,71 @@ def test_other_layouts_are_composed(made):
     assert not made
 
 
+def gradients(function, inputs: list[Tensor], d_out: Tensor) -> list[Tensor]:
+    wanted = [x for x in inputs if x.requires_grad]
+    return list(torch.autograd.grad(function(), wanted, d_out))
+
+
 @on_gpu_or_interpreted
-@pytest.mark.parametrize("kind", ["own", "made"])
-def test_gradients_are_those_of_the_three(made, kind):
-    inputs = [x.requires_grad_() for x in qkv_of()]
-    weight = filters_of(kind)
-    out = linear_attention_conv2d(*inputs, weight, **OPTIONS, **INLINE)
-    expected = by_three(*inputs, weight, None, **INLINE)
-    d_out = torch.randn_like(out)
-    for got, want in zip(
-        torch.autograd.grad(out, inputs, d_out),
-        torch.autograd.grad(expected, inputs, d_out),
-        strict=True,
-    ):
-        assert torch.equal(got, want)
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("kind", ["shared", "own", "sample", "made"])
+@pytest.mark.parametrize("attention", [INLINE, {}], ids=["inline", "sla"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_gradients_are_those_of_the_three(made, kind, attention, biased):
+    inputs, weight = qkv_of(), filters_of(kind)
+    bias = torch.randn(CHANNELS if kind == "made" else weight.shape[-3], device=DEVICE)
+    bias = bias if biased else None
+    inputs += [*(weight[:5] if kind == "made" else [weight]), *([bias] if biased else [])]
+    for x in inputs:
+        x.requires_grad_()
+    d_out = torch.randn(BATCH, inputs[0].shape[1], CHANNELS, device=DEVICE)
+    got = gradients(
+        lambda: linear_attention_conv2d(*inputs[:3], weight, bias, **OPTIONS, **attention),
+        inputs,
+        d_out,
+    )
+    want = gradients(lambda: by_three(*inputs[:3], weight, bias, **attention), inputs, d_out)
+    for name, x, y in zip(("query", "key"), got, want, strict=False):
+        assert torch.equal(x, y), name
+    torch.testing.assert_close(got, want)  # values have the sum of two, rounded once
     assert not made
     with torch.no_grad():
-        assert torch.equal(linear_attention_conv2d(*inputs, weight, **OPTIONS, **INLINE), out)
+        out = linear_attention_conv2d(*inputs[:3], weight, bias, **OPTIONS, **attention)
+        assert torch.equal(out, by_three(*inputs[:3], weight, bias, **attention))
     assert len(made) == 1
+
+
+@on_gpu_or_interpreted
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (4,), (0, 3), (2, 4)], ids=str)
+def test_only_what_is_asked_for_has_a_gradient(made, needed):
+    inputs = [*qkv_of(), filters_of("shared"), torch.randn(HEAD_DIM, device=DEVICE)]
+    for index in needed:
+        inputs[index].requires_grad_()
+    d_out = torch.randn(BATCH, inputs[0].shape[1], CHANNELS, device=DEVICE)
+    got = gradients(lambda: linear_attention_conv2d(*inputs, **OPTIONS), inputs, d_out)
+    torch.testing.assert_close(got, gradients(lambda: by_three(*inputs), inputs, d_out))
+
+
+@on_gpu_or_interpreted
+def test_values_gradients_are_added_by_the_kernel(made):
+    """One node, and no pass over the tokens between the kernels."""
+    inputs = [x.requires_grad_() for x in [*qkv_of(), filters_of("shared")]]
+    out = linear_attention_conv2d(*inputs, **OPTIONS)
+    assert {type(x).__name__ for x, _ in out.grad_fn.next_functions if x} == {"AccumulateGrad"}
+    with torch.profiler.profile() as profile:
+        out.backward(torch.randn_like(out))
+    names = {event.name for event in profile.events()}
+    assert any("token_conv2d_bwd_tokens" in name for name in names)
+    assert not names & {"aten::add", "aten::add_"}
+
+
+@on_gpu_or_interpreted
+def test_there_is_one_derivative(made):
+    inputs = [x.requires_grad_() for x in [*qkv_of(), filters_of("shared")]]
+    out = linear_attention_conv2d(*inputs, **OPTIONS)
+    (grad,) = torch.autograd.grad(out.sum(), inputs[2], create_graph=True)
+    with pytest.raises(NotImplementedError, match="must be differentiated only once"):
+        grad.sum().backward()
 
 
 @pytest.mark.parametrize("kind", ["own", "made"])

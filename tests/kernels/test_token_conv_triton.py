@@ -114,7 +114,9 @@ def test_operators_pass_opcheck():
     ops = torch.ops.lintra
     torch.library.opcheck(ops.token_conv2d_fwd.default, (tokens, weight, bias, residual, 0, 3, 4))
     torch.library.opcheck(ops.token_conv2d_fwd.default, (tokens, weight, None, None, 0, 3, 4))
-    torch.library.opcheck(ops.token_conv2d_bwd_tokens.default, (d_out, weight, 0, 3, 4))
+    for more in (None, tokens):
+        arguments = (d_out, weight, more, 0, 3, 4)
+        torch.library.opcheck(ops.token_conv2d_bwd_tokens.default, arguments)
     torch.library.opcheck(ops.token_conv2d_bwd_weight.default, (d_out, tokens, 4, 3, True, 0, 3, 4))
 
 
