@@ -29,9 +29,14 @@ def why_no_kernel(tensor: Tensor) -> str | None:
     if kind != "cuda":
         return f"its kernels need a CUDA device, got {kind} (TRITON_INTERPRET=1 runs them on cpu)"
     # Not while tracing: torch.compile cannot ask a device.
-    if not torch.compiler.is_compiling() and architecture(tensor.get_device()) < _OLDEST:
+    if not torch.compiler.is_compiling() and is_too_old(tensor):
         return f"its kernels need compute capability {_OLDEST / 10} or newer"
     return None
+
+
+def is_too_old(tensor: Tensor) -> bool:
+    """Whether the device of `tensor` is a GPU for which no kernel compiles."""
+    return tensor.is_cuda and architecture(tensor.get_device()) < _OLDEST
 
 
 def takes_kernel(impl: str, tensor: Tensor, reason: str | None) -> bool:

@@ -15,11 +15,13 @@ from .._common.launch import (
     common_vector,
     device_guard,
     empty,
+    is_too_old,
     strides_in_vectors,
     unit_last,
 )
 from .._common.plans import Memo, Plans
 from .configs import launch_of, sum_launch
+from .reference import ada_layer_norm_reference, gated_ada_layer_norm_reference
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "gate_s", "scale_s", "shift_s", "eps"])
@@ -66,8 +68,11 @@ def _ada_layer_norm_fwd_kernel(
 
 def _plan(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], gated: bool, eps: float
-) -> KernelCall:
+) -> KernelCall | None:
+    """None where a graph has the operator, but the device no kernel: a tracer cannot ask for it."""
     x, _, *parameters = tensors
+    if is_too_old(x):
+        return None
     batch, tokens, channels = x.shape
     launch = launch_of(channels)
     rows = min(launch.rows, 1 << (tokens - 1).bit_length())
@@ -93,6 +98,8 @@ def ada_layer_norm_fwd(
     if x.numel() == 0:
         return y
     call = _PLANS((x, x, scale, scale, shift), False, eps, memo=memo)
+    if call is None:
+        return ada_layer_norm_reference(x, scale, shift, eps)
     x, scale, shift = x.contiguous(), unit_last(scale), unit_last(shift)
     with device_guard(x):
         call(x, x, scale, scale, shift, y, y)
@@ -108,6 +115,8 @@ def gated_ada_layer_norm_fwd(
     if x.numel() == 0:
         return h, y
     call = _PLANS((x, update, gate, scale, shift), True, eps, memo=memo)
+    if call is None:
+        return gated_ada_layer_norm_reference(x, update, gate, scale, shift, eps)
     gate, scale, shift = unit_last(gate), unit_last(scale), unit_last(shift)
     with device_guard(x):
         call(x.contiguous(), update.contiguous(), gate, scale, shift, h, y)

@@ -6,7 +6,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from kernel_checks import DEVICE, on_gpu_or_interpreted, poisoned
 from lintra.kernels import ada_layer_norm, gated_ada_layer_norm, gated_add
+from lintra.kernels._common.kernel_call import KernelCall
 from lintra.kernels._common.pinning import pinned
+from lintra.kernels._common.plans import Plans
 from lintra.kernels.ada_layer_norm.configs import BwdLaunch, Launch, SumLaunch, launch_of
 
 __all__ = ["poisoned"]
@@ -343,6 +345,19 @@ def test_the_operator_in_a_graph_serves_all_sizes(function, monkeypatch):
     assert counts[0] == counts[-1]
     operators = [node for node in counter.graphs[-1].graph.nodes if "lintra" in str(node.target)]
     assert len(operators) == 1
+
+
+@both
+def test_the_operator_in_a_graph_runs_on_old_devices(function, monkeypatch):
+    from lintra.kernels.ada_layer_norm import triton_fwd
+
+    monkeypatch.setattr(triton_fwd, "is_too_old", lambda _: True)
+    monkeypatch.setattr(triton_fwd, "_PLANS", Plans(triton_fwd._plan))
+    monkeypatch.setattr(KernelCall, "__call__", lambda *_: pytest.fail("launched"))
+    inputs = inputs_of(function, 2, 3, 5)
+    operator = getattr(torch.ops.lintra, f"{function.__name__}_fwd").default
+    expected = function(*inputs, impl="reference")
+    torch.testing.assert_close(operator(*inputs, 1e-6), expected, rtol=0, atol=0)
 
 
 def test_small_sums_are_left_to_pytorch(monkeypatch):
