@@ -52,20 +52,25 @@ def composed(
     if groups is not None and size is not None:
         x, weight1, bias1, weight2, bias2 = rest
         weight = FilterMlp(x, weight1, bias1, weight2, bias2, groups, size).filters()
+    # First what refuses bad arguments.
+    attended, scale, _ = attention_api.CALLS(
+        (query, key, value), feature_map, normalizer, None, eps, "auto"
+    )
+    values = value.flatten(2)
+    convolved, sides, _ = conv_api.CALLS((values, weight, bias, values), grid, prefix, "auto")
     inputs = (query, key, value, weight, bias)
-    if needs_gradient(*inputs) and query.shape[1:3] == value.shape[1:3]:
-        kernel, scale, _ = attention_api.CALLS(
-            (query, key, value), feature_map, normalizer, None, eps, "auto"
-        )
-        values = value.flatten(2)
-        takes, sides, _ = conv_api.CALLS((values, weight, bias, values), grid, prefix, "auto")
-        if kernel and takes and reason_of_transforms() is None:
-            attention = (feature_map, normalizer, float(scale), float(eps))
-            return linear_attention_conv2d_triton(*inputs, attention, (prefix, *sides))
+    if (
+        attended
+        and convolved
+        and needs_gradient(*inputs)
+        and query.shape[1:3] == value.shape[1:3]
+        and reason_of_transforms() is None
+    ):
+        attention = (feature_map, normalizer, float(scale), float(eps))
+        return linear_attention_conv2d_triton(*inputs, attention, (prefix, *sides))
     out = linear_attention(
         query, key, value, feature_map=feature_map, normalizer=normalizer, eps=eps
     )
     return token_conv2d(
-        value.flatten(2), weight, bias,
-        grid=grid, residual=out.flatten(2), num_prefix_tokens=prefix,
-    )  # fmt: skip
+        values, weight, bias, grid=grid, residual=out.flatten(2), num_prefix_tokens=prefix
+    )

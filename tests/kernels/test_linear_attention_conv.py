@@ -223,6 +223,10 @@ def test_errors_are_those_of_the_operations():
         linear_attention_conv2d(q, k, v, mlp_of(), normalizer="sum", **OPTIONS)
     with pytest.raises(TypeError, match="`key` must have dtype"):
         linear_attention_conv2d(q, k.double(), v, filters_of("own"), **OPTIONS)
+    with pytest.raises(TypeError, match="`query` must be a tensor, got list"):
+        linear_attention_conv2d([q], k, v, filters_of("own"), **OPTIONS)
+    with pytest.raises(ValueError, match=r"`residual` must have shape \(B, N, C\)"):
+        linear_attention_conv2d(q[:, 1:].requires_grad_(), k, v, filters_of("own"), **OPTIONS)
     mlp = mlp_of()._replace(size=5)
     with pytest.raises(ValueError, match="`weight2` must make filters of 5 x 5, got 144 outputs"):
         linear_attention_conv2d(q, k, v, mlp, **OPTIONS)
