@@ -67,7 +67,8 @@ def _prepare(make: Callable[[], nn.Module], mode: Mode) -> Run:
     model = make().to(mode.device, torch.float32 if mode.training else mode.dtype)
     model.train(mode.training).requires_grad_(mode.training)
     if mode.compile_mode is not None:
-        # Block by block is for many cases: a whole XL takes up to a minute to compile.
+        # By blocks (DiT's one by one, LiT's four to a graph in inference) for many cases: a whole
+        # XL takes up to a minute to compile.
         compiles = nn.Module.compile if mode.whole else compile_blocks
         compiles(model, dynamic=False, mode=mode.compile_mode)
     return step_of(model, model, mode) if mode.training else partial(forward_of, model)

@@ -93,15 +93,19 @@ def run_cases(cases: Sequence[Case], settings: Settings) -> tuple[float, list[Ro
         settings.say(f"correct: {case}")
     bandwidth = copy_bandwidth(settings.device, settings.limits)
     rows: list[Row] = []
-    order = {id(case): index for index, case in enumerate(cases)}
+    interrupted = False
     try:
         for row in _rows(cases, settings, bandwidth):
             rows.append(row)
     except KeyboardInterrupt:
         if not rows:
             raise
-        raise Interrupted(bandwidth, sorted(rows, key=lambda row: order[id(row.case)])) from None
-    return bandwidth, sorted(rows, key=lambda row: order[id(row.case)])
+        interrupted = True
+    order = {id(case): index for index, case in enumerate(cases)}
+    rows.sort(key=lambda row: order[id(row.case)])
+    if interrupted:
+        raise Interrupted(bandwidth, rows)
+    return bandwidth, rows
 
 
 def _rows(cases: Sequence[Case], settings: Settings, bandwidth: float) -> Iterator[Row]:
