@@ -8,7 +8,7 @@ from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from torch import Tensor, nn
 
 from .fused_gelu import fuse_gelu
-from .modulation import gated, gated_modulated, modulated
+from .modulation import GatedSum, gated, gated_modulated, modulated
 
 
 def embed_condition(
@@ -43,7 +43,7 @@ class LiTBlock(nn.Module):
         self,
         hidden_states: Tensor,
         time_features: Tensor,
-        class_labels: Tensor,
+        class_labels: Tensor | None,
         attention_kwargs: dict[str, Any],
         modulation: Tensor | None = None,
     ) -> Tensor:
@@ -61,17 +61,43 @@ class LiTBlock(nn.Module):
         Returns:
             ``(B, N, C)``.
         """
+        return gated(
+            *self.without_sum(
+                hidden_states, time_features, class_labels, attention_kwargs, modulation
+            )
+        )
+
+    def without_sum(
+        self,
+        hidden_states: Tensor | GatedSum,
+        time_features: Tensor,
+        class_labels: Tensor | None,
+        attention_kwargs: dict[str, Any],
+        modulation: Tensor | None = None,
+    ) -> GatedSum:
+        """The block without its last sum, which may be given to the next block as it is.
+
+        Args:
+            hidden_states: ``(B, N, C)``, or what the block before gives so.
+            time_features: see `forward`.
+            class_labels: see `forward`.
+            attention_kwargs: see `forward`.
+            modulation: see `forward`.
+        """
         norm1 = self.norm1
         if modulation is None:
             condition = embed_condition(norm1.emb, time_features, class_labels)
             modulation = norm1.linear(norm1.silu(condition))
         shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)  # (B, C)
-        tokens = modulated(norm1.norm, hidden_states, scale, shift)
+        if isinstance(hidden_states, GatedSum):
+            hidden_states, tokens = gated_modulated(norm1.norm, *hidden_states, scale, shift)
+        else:
+            tokens = modulated(norm1.norm, hidden_states, scale, shift)
         attended = self.attn1(tokens, **attention_kwargs)
         hidden_states, tokens = gated_modulated(
             self.norm3, hidden_states, attended, gate, scale_ff, shift_ff
         )
-        return gated(hidden_states, self.ff(tokens), gate_ff)
+        return GatedSum(hidden_states, self.ff(tokens), gate_ff)
 
 
 # Where diffusers looks up what caches (first block, MagCache) and layer skipping may do to a block.

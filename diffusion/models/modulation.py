@@ -1,6 +1,6 @@
 """Norms with a scale and a shift a sample, and gated sums, as blocks of DiT and FLUX call them."""
 
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,15 @@ from lintra.kernels import ada_layer_norm, gated_ada_layer_norm, gated_add
 from lintra.kernels.ada_layer_norm import configs
 
 from ..untouched import is_unhooked
+
+
+class GatedSum(NamedTuple):
+    """``tokens + gate * update``, ``(B, N, C)`` with gate ``(B, C)``, which nobody has added yet: a
+    norm that follows does so in its own pass, see `gated_modulated`."""
+
+    tokens: Tensor
+    update: Tensor
+    gate: Tensor
 
 
 def _is_plain(norm: nn.Module, tokens: Tensor, scale: Tensor) -> TypeGuard[nn.LayerNorm]:

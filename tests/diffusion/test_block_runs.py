@@ -79,23 +79,48 @@ def test_blocks_that_are_more_than_their_forward_are_called(touch, monkeypatch):
     assert called
 
 
-def test_trains_and_checkpoints_single_blocks(monkeypatch):
-    plain = tiny_lit(num_layers=4).train()
-    for module in plain.modules():
+def without_label_dropout(model):
+    for module in model.modules():
         if hasattr(module, "dropout_prob"):
             module.dropout_prob = 0.0
-    model, _ = compiled(plain)
+    return model.train()
+
+
+def gradients(model):
+    model.zero_grad()
+    model(*arguments_of(model)).sample.square().mean().backward()
+    return {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+
+
+def test_trains_and_checkpoints_single_blocks(monkeypatch):
+    plain = without_label_dropout(tiny_lit(num_layers=4))
+    model, counter = compiled(plain)
     monkeypatch.setattr(model._runs, "_compiled", lambda *_: pytest.fail("ran"))
-
-    def gradients(model):
-        model.zero_grad()
-        model(*arguments_of(model)).sample.square().mean().backward()
-        return {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
-
     expected = gradients(plain)
     torch.testing.assert_close(gradients(model), expected)
+    assert counter.frame_count == 1
     model.enable_gradient_checkpointing()
     torch.testing.assert_close(gradients(model), expected)
+
+
+def test_blocks_in_a_row_are_blocks_one_by_one(monkeypatch):
+    model = without_label_dropout(tiny_lit(num_layers=3))
+    in_a_row = predict(model), gradients(model)
+    called = []
+    for block in model.transformer_blocks:
+        block.register_forward_hook(lambda *_: called.append(1))
+    torch.testing.assert_close((predict(model), gradients(model)), in_a_row)
+    assert len(called) == 6
+
+
+def test_blocks_that_are_compiled_by_themselves_are_called():
+    plain = tiny_lit(num_layers=3)
+    expected = predict(plain)
+    counter = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    plain.compile_repeated_blocks(backend=counter)
+    torch.testing.assert_close(predict(plain), expected)
+    assert counter.frame_count == 1
 
 
 def test_copies_are_not_compiled_and_know_no_other_names():
@@ -138,11 +163,12 @@ def test_training_keeps_what_gradients_need(monkeypatch):
         monkeypatch.setattr(api, "takes_kernel", lambda _impl, _x, reason: reason is None)
     monkeypatch.setattr(KernelCall, "__call__", lambda *_: None)
     torch._dynamo.reset()
-    model = tiny_lit(num_layers=1, attention_head_dim=64, sample_size=32).train()
+    model = tiny_lit(num_layers=4, attention_head_dim=64, sample_size=32).train()
     compile_blocks(model, backend=backend, dynamic=False)
     with torch.autocast("cpu", torch.bfloat16):
         model(*arguments_of(model, batch=4))
     tokens = 4 * 16 * 16 * 128
     # Queries, keys, values; the inputs of three linear maps; two results that a gate multiplies;
-    # four times as much before and after the GELU; and the result.
+    # four times as much before and after the GELU; and the result, the next block's input.
+    # One graph for all blocks.
     assert sum(x for x in kept if x >= tokens) == (3 + 3 + 2 + 4 + 4 + 1) * tokens

@@ -167,7 +167,7 @@ def test_norms_and_sums_by_kernels(monkeypatch):
         monkeypatch.setattr(api, "takes_kernel", takes_kernel)
         with torch.no_grad():
             outputs.append(model(**given).sample)
-        assert calls == [None] * (3 * len(model.transformer_blocks) + 1)
+        assert calls == [None] * (2 * len(model.transformer_blocks) + 2)
     torch.testing.assert_close(*outputs)
 
 
