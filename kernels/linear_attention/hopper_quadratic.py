@@ -18,7 +18,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from .._common.kernel_call import KernelCall
 from .._common.launch import ceil_div
-from .._common.plans import Plans
 from . import configs
 from .hopper_blocks import (
     activate,
@@ -139,10 +138,12 @@ def _linear_attention_fwd_quadratic_hopper_kernel(
     tma.store_wait(0)
 
 
-def _plan(
+def plan_quadratic_hopper(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],
     feature_map: str, normalizer: str, scale: float, eps: float,
 ) -> KernelCall:  # fmt: skip
+    """The launch on queries, keys, values and output that the copy engine takes; no covariance,
+    bfloat16 and as many value as head channels only."""
     query, key, _, _ = tensors
     batch, num_queries, heads, head_dim = query.shape
     launch = configs.launch_of("fwd_quadratic_hopper", query, head_dim)
@@ -164,15 +165,3 @@ def _plan(
         _linear_attention_fwd_quadratic_hopper_kernel, (batch * heads * tiles,),
         (key.shape[1], tiles, heads, scale, eps), constants, boxes, only_boxes=4,
     )  # fmt: skip
-
-
-_PLANS = Plans(_plan)
-
-
-def attend_quadratic_hopper(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor,
-    feature_map: str, normalizer: str, scale: float, eps: float,
-) -> None:  # fmt: skip
-    """Fills `out`; no covariance, bfloat16 and as many value as head channels only."""
-    tensors = (query, key, value, out)
-    _PLANS(tensors, feature_map, normalizer, scale, eps)(*tensors)

@@ -237,15 +237,15 @@ def _plan_fused(
 
 class _Plan(NamedTuple):
     """The way that runs, the launch that is all of the fused one, the kernel that applies a wide
-    state, and what follows for tensors that begin at boundaries."""
+    state, and what is launched first and then, for tensors that begin at boundaries."""
 
     out_shape: tuple[int, ...]
     copied: bool
     way: str
     fused: KernelCall | None = None
     rows: str = "general"
-    sweep: Memo | None = None
-    apply: Memo | None = None
+    first: Memo | None = None
+    second: Memo | None = None
 
 
 def _plan(
@@ -318,25 +318,25 @@ def _forward(
     if plan.copied:
         query, key, value = (unit_last(x) for x in (query, key, value))
     with device_guard(query):
+        first, second = plan.first, plan.second
+        if plan.fused is None and not aligned(query, key, value):
+            first = second = None  # a layout's plans are those of aligned tensors
         if plan.fused is not None:
             plan.fused(query, key, value, out)
         elif plan.way == "quadratic":
-            attend_quadratic(query, key, value, out, *options)
+            attend_quadratic(query, key, value, out, *options, memo=first)
         else:
-            sweep, apply_memo = plan.sweep, plan.apply
-            if not aligned(query, key, value):  # a layout's plans are those of aligned tensors
-                sweep = apply_memo = None
-            state = forward_state(key, value, feature_map, normalizer, scale, False, sweep)
+            state = forward_state(key, value, feature_map, normalizer, scale, False, first)
             if plan.rows == "hopper" and aligned(query):
                 from .hopper_rows import rows_times_state_hopper  # Gluon is not in every triton
 
                 ratio = normalizer == "ratio"
                 rows_times_state_hopper(
                     query, state.matrix, state.key_row, out, query,
-                    "out", feature_map, ratio, scale, eps, apply_memo,
+                    "out", feature_map, ratio, scale, eps, second,
                 )  # fmt: skip
             else:
-                apply = _APPLY_PLANS((query, out), plan.way == "wide", *options, memo=apply_memo)
+                apply = _APPLY_PLANS((query, out), plan.way == "wide", *options, memo=second)
                 apply(query, out, *state)
     return out, state
 

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .._common.kernel_call import KernelCall
-from .._common.launch import ceil_div, common_vector, strides_in_vectors
-from .._common.plans import Plans
+from .._common.launch import aligned, ceil_div, common_vector, strides_in_vectors
+from .._common.plans import Memo, Plans
 from . import configs, ways
 from .triton_blocks import load_features, load_tile, store_tile
 
@@ -87,9 +87,15 @@ def _linear_attention_fwd_quadratic_kernel(
 
 
 def _plan(
-    tensors: tuple[Tensor, ...], feature_map: str, normalizer: str, scale: float, eps: float
-) -> KernelCall:
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    feature_map: str, normalizer: str, scale: float, eps: float, are_aligned: bool,
+) -> KernelCall:  # fmt: skip
+    """`are_aligned` only tells plans apart: `ways.quadratic_kernel` asks it, no layout tells."""
     query, key, value, _ = tensors
+    if ways.quadratic_kernel(query, key, value) == "hopper":
+        from .hopper_quadratic import plan_quadratic_hopper  # Gluon is not in every triton
+
+        return plan_quadratic_hopper(tensors, feature_map, normalizer, scale, eps)
     batch, num_queries, heads, head_dim = query.shape
     value_dim = value.shape[3]
     launch = configs.launch_of("fwd_quadratic", query, max(head_dim, value_dim))
@@ -116,13 +122,9 @@ _PLANS = Plans(_plan)
 
 def attend_quadratic(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor,
-    feature_map: str, normalizer: str, scale: float, eps: float,
+    feature_map: str, normalizer: str, scale: float, eps: float, memo: Memo | None = None,
 ) -> None:  # fmt: skip
-    """Fills `out`; no covariance."""
-    if ways.quadratic_kernel(query, key, value) == "hopper":
-        from .hopper_quadratic import attend_quadratic_hopper  # Gluon is not in every triton
-
-        attend_quadratic_hopper(query, key, value, out, feature_map, normalizer, scale, eps)
-        return
+    """Fills `out`; no covariance. A `memo` is for tensors that begin at boundaries."""
     tensors = (query, key, value, out)
-    _PLANS(tensors, feature_map, normalizer, scale, eps)(*tensors)
+    options = (feature_map, normalizer, scale, eps, memo is not None or aligned(query, key, value))
+    _PLANS(tensors, *options, memo=memo)(*tensors)

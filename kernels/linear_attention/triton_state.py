@@ -182,9 +182,9 @@ class Parts(NamedTuple):
 
 def _pieces(like: Tensor, *sizes: int) -> tuple[Tensor, ...]:
     """Float32 vectors of these sizes, or a few numbers longer: one allocation, each piece aligned;
-    the host would wait longer for several."""
+    the host would wait longer for several, and for `Tensor.split`."""
     sizes = tuple(-(-size // 4) * 4 for size in sizes)
-    return empty(sum(sizes), like=like, dtype=torch.float32).split(sizes)
+    return empty(sum(sizes), like=like, dtype=torch.float32).split_with_sizes(sizes)
 
 
 def empty_state(rows: int, head_dim: int, value_dim: int, like: Tensor) -> State:
