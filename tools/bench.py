@@ -54,7 +54,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a GPU too")
     parser.add_argument("--compile-mode", choices=MODES, default=MODES[0], help="of both models")
     parser.add_argument(
-        "--whole", action="store_true", help="lit: compile models whole, not block by block"
+        "--whole",
+        action="store_true",
+        help="lit: compile models whole, not block by block, as modes with CUDA graphs always do",
     )
     parser.add_argument("--no-compile", action="store_true", help="no peer and no model compiled")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=(), help="these only")

@@ -264,12 +264,22 @@ def test_nothing_compiles_once_turns_begin(
     assert after_second == second
 
 
+@pytest.mark.parametrize("compile_mode", ["reduce-overhead", "max-autotune"])
+def test_cuda_graphs_are_of_whole_models(compile_mode: str) -> None:
+    mode = models.Mode(CPU, torch.bfloat16, compile_mode, tiny=True)
+    assert [str(case) for case in lit.cases(mode)] == [
+        f"lit tiny 64px B2 compile:{compile_mode} whole"
+    ]
+    plain = replace(mode, compile_mode="max-autotune-no-cudagraphs")
+    assert not str(*lit.cases(plain)).endswith("whole")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("training", [False, True])
 def test_graphs_of_two_models_take_turns(training: bool) -> None:
     device = open_device("cuda")
     mode = models.Mode(device, torch.bfloat16, "reduce-overhead", training, tiny=True)
-    cases = models.cases(["inline_deit"], mode) + lit.cases(replace(mode, whole=True))
+    cases = models.cases(["inline_deit"], mode) + lit.cases(mode)
     settings = runner.Settings(device, torch.bfloat16, LIMITS, say=lambda line: None)
     _, rows = runner.run_cases(cases, settings)
     found = [(row.impl, row.error) for row in rows]

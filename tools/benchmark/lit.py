@@ -1,6 +1,7 @@
 """Cases of LiT against DiT, sizes S to XL with random weights, at 256 to 2048 pixels of latents."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -30,6 +31,9 @@ PEER = "dit"
 _TOKEN = 16
 # The check in float64 is as strict with few images, and quick.
 _CHECKED_BATCH = 2
+# Modes whose graphs must be of whole models: PyTorch takes every call of one for a new step, in
+# which the results of the calls before, as the block before, are overwritten.
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
 
 def _model(linear: bool, size: tuple[int, int, int, int], side: int, mode: Mode) -> nn.Module:
@@ -117,6 +121,8 @@ def cases(mode: Mode, shapes: Sequence[Sequence[int]] | None = None) -> list[Cas
     Raises:
         ValueError: a shape of another form.
     """
+    if mode.compile_mode in _CUDA_GRAPHS:
+        mode = replace(mode, whole=True)
     import_module("lintra.diffusion.models.transformer_lit")  # before anything is timed
     for shape in shapes or ():
         if len(shape) != 2 or shape[0] % _TOKEN or min(shape) < 1:
