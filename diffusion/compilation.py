@@ -18,8 +18,8 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
     Args:
         model: a transformer of diffusers.
         options: of `torch.compile`. Modes with CUDA graphs (`reduce-overhead`, `max-autotune`) are
-            for whole models, ``model.compile(mode=...)``: to PyTorch each call of a block would be a
-            new step, in which the results of the block before are overwritten, which it refuses.
+            for whole models, ``model.compile(mode=...)``: to PyTorch each call of a block is a new
+            step, in which the results of the block before are overwritten, and it refuses them.
 
     Raises:
         ValueError: a model without `transformer_blocks`.
