@@ -16,6 +16,13 @@ TINY = {
 }
 
 
+class Nothing(torch.nn.Module):
+    """In the place of attention: with it gone, a linear model is its donor."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Draws every parameter anew: zero-initialised gates and biases would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)

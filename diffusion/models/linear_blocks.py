@@ -5,13 +5,11 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, Self
 
 from diffusers.loaders import PeftAdapterMixin
-from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.modeling_utils import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention.linear import LiTAttention, ValueConv2d
 from ..inheritance import inherit_weights, student_config
-from .lit_block import LiTBlock
 
 # Head channels the default number of heads aims at: LiT-S/B/L/XL have 192, 256, 256, 288.
 _HEAD_CHANNELS = 256
@@ -24,7 +22,7 @@ def default_num_linear_heads(width: int) -> int:
 
 
 def install_linear_attention(
-    blocks: Iterable[BasicTransformerBlock | LiTBlock],
+    blocks: Iterable[nn.Module],
     width: int,
     num_heads: int | None,
     **options: Any,
@@ -32,7 +30,7 @@ def install_linear_attention(
     """Puts a `LiTAttention` in the place of each block's self-attention; `attn2` stays.
 
     Args:
-        blocks: transformer blocks, changed in place.
+        blocks: transformer blocks with an `attn1`, changed in place.
         width: channels of the tokens.
         num_heads: heads of the linear attention; None takes `default_num_linear_heads`.
         options: further arguments of `LiTAttention`.
@@ -60,8 +58,6 @@ def token_grid(hidden_states: Tensor, patch_size: int) -> tuple[int, int]:
 class LinearTransformerMixin(PeftAdapterMixin):
     """LoRA, `from_teacher`, and what diffusers must know of a model of linear blocks."""
 
-    _no_split_modules = ["BasicTransformerBlock"]
-    _repeated_blocks = ["BasicTransformerBlock"]
     # Context parallelism hands attention a shard of the tokens: its state would be wrong, silently.
     _cp_plan = None
     # What `from_teacher` inherits unless told otherwise.

@@ -8,12 +8,12 @@ from diffusers.models.attention_processor import AttentionProcessor, AttnProcess
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin  # (see models/__init__.py)
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attention.linear import LiTAttention, LiTAttnProcessor
 from ..attention.prompt import PromptAttention
-from .fused_gelu import fuse_gelu
 from .linear_blocks import LinearTransformerMixin, install_linear_attention, token_grid
+from .lit_pixart_block import LiTPixArtBlock
 
 
 class LiTPixArtTransformer2DModel(LinearTransformerMixin, PixArtTransformer2DModel):
@@ -35,7 +35,8 @@ class LiTPixArtTransformer2DModel(LinearTransformerMixin, PixArtTransformer2DMod
         ValueError: `attention_type` is not "default": gated blocks attend fully to the image.
     """
 
-    _no_split_modules = ["BasicTransformerBlock", "PatchEmbed"]
+    _no_split_modules = ["LiTPixArtBlock", "PatchEmbed"]
+    _repeated_blocks = ["LiTPixArtBlock"]
     default_policy: ClassVar[str] = "with_out"
 
     @register_to_config
@@ -94,6 +95,7 @@ class LiTPixArtTransformer2DModel(LinearTransformerMixin, PixArtTransformer2DMod
             caption_channels=caption_channels,
             attention_type=attention_type,
         )
+        self.transformer_blocks: Any = nn.ModuleList(map(LiTPixArtBlock, self.transformer_blocks))
         install_linear_attention(
             self.transformer_blocks,
             self.inner_dim,
@@ -106,8 +108,6 @@ class LiTPixArtTransformer2DModel(LinearTransformerMixin, PixArtTransformer2DMod
             conv_kernel_size=conv_kernel_size,
             conv_shared=conv_shared,
         )
-        for block in self.transformer_blocks:
-            fuse_gelu(block.ff)
         if cross_attention_dim is not None:
             for block in self.transformer_blocks:
                 block.attn2 = PromptAttention(
