@@ -10,15 +10,22 @@ def on_gpu(tokens: Tensor) -> bool:
 
 
 def has_global_hooks() -> bool:
-    """Whether something happens when any module at all is called."""
-    return bool(every_module._global_forward_hooks or every_module._global_forward_pre_hooks)
+    """Whether something happens when any module at all is called, or its gradients come."""
+    return bool(
+        every_module._global_forward_hooks
+        or every_module._global_forward_pre_hooks
+        or every_module._global_backward_hooks
+        or every_module._global_backward_pre_hooks
+    )
 
 
 def is_unhooked(module: nn.Module) -> bool:
-    """Whether nothing happens when `module` is called but its own forward."""
+    """Whether nothing happens when `module` is called but its own forward and its gradient."""
     return (
         not module._forward_hooks
         and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
         and not has_global_hooks()
         and "forward" not in module.__dict__  # where accelerate puts its hooks
     )

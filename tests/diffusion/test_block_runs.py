@@ -14,6 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from lintra.diffusion.compilation import compile_blocks
 from lintra.diffusion.models import block_runs
+from lintra.diffusion.models.lit_block import LiTBlock
 from lintra.kernels._common.kernel_call import KernelCall
 from tiny_models import tiny_lit
 
@@ -111,6 +112,27 @@ def test_blocks_in_a_row_are_blocks_one_by_one(monkeypatch):
         block.register_forward_hook(lambda *_: called.append(1))
     torch.testing.assert_close((predict(model), gradients(model)), in_a_row)
     assert len(called) == 6
+
+
+@pytest.mark.parametrize("name", ["", "norm1.norm", "norm3"])
+@pytest.mark.parametrize("hook", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_hooks_on_gradients_are_heard(hook, name):
+    model, called = without_label_dropout(tiny_lit(num_layers=3)), []
+    expected = gradients(model)
+    getattr(model.transformer_blocks[1].get_submodule(name), hook)(lambda *_: called.append(1))
+    torch.testing.assert_close(gradients(model), expected)
+    assert called == [1]
+
+
+def test_hooks_on_all_gradients_are_heard():
+    model, called = without_label_dropout(tiny_lit(num_layers=2)), []
+    expected = gradients(model)
+    every_module = torch.nn.modules.module
+    handle = every_module.register_module_full_backward_hook(lambda x, *_: called.append(type(x)))
+    torch.testing.assert_close(gradients(model), expected)
+    handle.remove()
+    assert called.count(LiTBlock) == 2
+    assert called.count(torch.nn.LayerNorm) == 5
 
 
 def test_blocks_that_are_compiled_by_themselves_are_called():
