@@ -14,6 +14,8 @@ from .modulation import GatedSum, gated
 # by itself and .43 in a run of four (a CPU with empty launches, 2026-11-30). Longer graphs save
 # little more and compile for longer.
 _LONGEST = 4
+# Somebody may put another one in its place, to look on.
+_FORWARD = LiTBlock.forward
 
 
 def _run(
@@ -26,17 +28,22 @@ def _run(
 ) -> Tensor:
     """Blocks whose forward is all there is to them: the sum that ends one is taken by the norm that
     begins the next, one pass over the tokens and one launch less."""
-    tokens: Tensor | GatedSum = hidden_states
+    # Handed over, not held: the parts of a sum would live through the block that has added them.
+    tokens: list[Tensor | GatedSum] = [hidden_states]
+    del hidden_states
     for block, modulation in zip(blocks, modulations, strict=True):
-        tokens = block.without_sum(
-            tokens, time_features, class_labels, attention_kwargs, modulation
+        tokens.append(
+            block.without_sum(
+                tokens.pop(), time_features, class_labels, attention_kwargs, modulation
+            )
         )
-    return gated(*tokens) if isinstance(tokens, GatedSum) else tokens
+    (last,) = tokens
+    return gated(*last) if isinstance(last, GatedSum) else last
 
 
 def _is_only_forward(block: nn.Module) -> TypeGuard[LiTBlock]:
-    """Whether calling `block` is the forward of a `LiTBlock`, compiled or not."""
-    return type(block) is LiTBlock and is_unhooked(block)
+    """Whether calling `block` is the forward of a `LiTBlock` as it is here, compiled or not."""
+    return type(block) is LiTBlock and LiTBlock.forward is _FORWARD and is_unhooked(block)
 
 
 def _length(num_blocks: int) -> int:

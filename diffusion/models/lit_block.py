@@ -93,10 +93,11 @@ class LiTBlock(nn.Module):
             hidden_states, tokens = gated_modulated(norm1.norm, *hidden_states, scale, shift)
         else:
             tokens = modulated(norm1.norm, hidden_states, scale, shift)
-        attended = self.attn1(tokens, **attention_kwargs)
+        # Without a name, what attention gives is gone before the widest tensors come.
         hidden_states, tokens = gated_modulated(
-            self.norm3, hidden_states, attended, gate, scale_ff, shift_ff
-        )
+            self.norm3, hidden_states, self.attn1(tokens, **attention_kwargs), gate,
+            scale_ff, shift_ff,
+        )  # fmt: skip
         return GatedSum(hidden_states, self.ff(tokens), gate_ff)
 
 

@@ -36,14 +36,15 @@ class LiTPixArtBlock(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        encoder_hidden_states: Tensor | None,
-        encoder_attention_mask: Tensor | None,
-        timestep: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
-        class_labels: None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """One block; arguments as PixArt hands them to its blocks.
+        """One block; arguments are those of `BasicTransformerBlock`.
 
         Args:
             hidden_states: ``(B, N, C)``.
@@ -53,10 +54,16 @@ class LiTPixArtBlock(nn.Module):
             timestep: ``(B, 6 C)``, what all blocks are told of the time.
             cross_attention_kwargs: for both attention layers.
             class_labels: not used.
+            added_cond_kwargs: not used.
 
         Returns:
             ``(B, N, C)``.
+
+        Raises:
+            ValueError: no `timestep`.
         """
+        if timestep is None:
+            raise ValueError("`timestep` must be the (B, 6 C) of adaLN-single, got None")
         options = cross_attention_kwargs or {}
         # The patches' convolution leaves channels first, which sums would keep through all blocks.
         hidden_states = hidden_states.contiguous()
@@ -70,6 +77,7 @@ class LiTPixArtBlock(nn.Module):
             )
         else:
             hidden_states = gated(hidden_states, attended, gate)
+            del attended
             hidden_states = hidden_states + self.attn2(
                 hidden_states,
                 encoder_hidden_states=encoder_hidden_states,

@@ -250,8 +250,9 @@ class _Plan(NamedTuple):
 
 def _plan(
     tensors: tuple[Tensor, Tensor, Tensor],
-    feature_map: str, normalizer: str, scale: float, eps: float,
+    feature_map: str, normalizer: str, scale: float, eps: float, are_aligned: bool,
 ) -> _Plan:  # fmt: skip
+    """`are_aligned` only tells plans apart: `ways` asks it, and no layout tells."""
     query, key, value = tensors
     out_shape = (*query.shape[:3], value.shape[3])
     if 0 in (*query.shape, *value.shape):
@@ -310,7 +311,10 @@ def _forward(
 ) -> tuple[Tensor, State | None]:  # fmt: skip
     """The output, and the state of a way that has one outside of its kernels."""
     options = (feature_map, normalizer, scale, eps)
-    plan = _PLANS((query, key, value), *options, memo=memo)
+    are_aligned = aligned(query, key, value)
+    if not are_aligned:
+        memo = None  # a layout's memos are those of aligned tensors
+    plan = _PLANS((query, key, value), *options, are_aligned, memo=memo)
     out = empty(*plan.out_shape, like=query)
     state = None
     if plan.way == "empty":
@@ -318,9 +322,7 @@ def _forward(
     if plan.copied:
         query, key, value = (unit_last(x) for x in (query, key, value))
     with device_guard(query):
-        first, second = plan.first, plan.second
-        if plan.fused is None and not aligned(query, key, value):
-            first = second = None  # a layout's plans are those of aligned tensors
+        first, second = (plan.first, plan.second) if are_aligned else (None, None)
         if plan.fused is not None:
             plan.fused(query, key, value, out)
         elif plan.way == "quadratic":

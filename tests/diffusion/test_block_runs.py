@@ -1,6 +1,7 @@
 """Blocks of LiT compiled a few to a graph: how many graphs, what they keep, when they give way."""
 
 import copy
+import gc
 import pickle
 from importlib import import_module
 
@@ -58,7 +59,7 @@ def test_one_graph_serves_all_runs(blocks, calls, monkeypatch):
     assert runs == [blocks // calls] * 2 * calls
 
 
-@pytest.mark.parametrize("touch", ["hook", "pre-hook", "forward", "wrapper"])
+@pytest.mark.parametrize("touch", ["hook", "pre-hook", "forward", "class", "wrapper"])
 def test_blocks_that_are_more_than_their_forward_are_called(touch, monkeypatch):
     plain = tiny_lit(num_layers=4)
     expected = predict(plain)
@@ -73,6 +74,9 @@ def test_blocks_that_are_more_than_their_forward_are_called(touch, monkeypatch):
     elif touch == "forward":
         forward = block.forward
         block.forward = lambda *x: called.append(1) or forward(*x)
+    elif touch == "class":
+        forward = LiTBlock.forward
+        monkeypatch.setattr(LiTBlock, "forward", lambda *x: called.append(1) or forward(*x))
     else:
         model.transformer_blocks[2] = checkpoint_wrapper(block)
         called.append(1)
@@ -133,6 +137,27 @@ def test_hooks_on_all_gradients_are_heard():
     handle.remove()
     assert called.count(LiTBlock) == 2
     assert called.count(torch.nn.LayerNorm) == 5
+
+
+@torch.no_grad()
+def test_no_parts_of_a_sum_outlive_it():
+    """As many tensors of tokens as when blocks are called, and no more."""
+
+    def alive(model):
+        shape, counts = (2, 16, 32), []
+
+        def count(*_):
+            gc.collect()
+            objects = [x for x in gc.get_objects() if type(x) is torch.Tensor]
+            counts.append(len({x.data_ptr() for x in objects if x.shape == shape}))
+
+        model.transformer_blocks[1].attn1.register_forward_hook(count)
+        predict(model)
+        return counts
+
+    called = tiny_lit(num_layers=3)
+    called.transformer_blocks[0].register_forward_hook(lambda *_: None)
+    assert alive(tiny_lit(num_layers=3)) == alive(called)
 
 
 def test_blocks_that_are_compiled_by_themselves_are_called():

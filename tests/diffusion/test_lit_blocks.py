@@ -127,3 +127,16 @@ def test_caches_and_skips_of_diffusers_know_them(kind):
     config = LayerSkipConfig(indices=[0], fqn="transformer_blocks", **scores)
     with pytest.raises(ValueError, match="LiTAttnProcessor'> not registered"):
         apply_layer_skip(kind.ours(), config)  # there are no scores: it would do nothing
+
+
+@torch.no_grad()
+def test_arguments_of_a_block_of_pixart():
+    theirs, ours = (make().transformer_blocks[0] for make in (tiny_pixart, tiny_lit_pixart))
+    for block in (theirs, ours):
+        block.attn1 = Nothing()
+    ours.load_state_dict(theirs.state_dict())
+    tokens, prompt, time = torch.randn(2, 16, 32), torch.randn(2, 5, 32), torch.randn(2, 6 * 32)
+    given = {"encoder_hidden_states": prompt, "timestep": time, "added_cond_kwargs": {}}
+    torch.testing.assert_close(ours(tokens, **given), theirs(tokens, **given))
+    with pytest.raises(ValueError, match="`timestep` must be"):
+        ours(tokens, encoder_hidden_states=prompt)
