@@ -21,8 +21,8 @@ OPERATIONS = {
     "stacked_linear": "stacked_linear",
 }
 MODEL_NAMES = ("inline_deit", "slab_deit", "lit")
-NAMES = (*OPERATIONS, *MODEL_NAMES, "models", "clear")
-PEERS = ("sdpa", "eager", "compiled", "cudnn", "flex", "timm", "dit")
+NAMES = (*OPERATIONS, *MODEL_NAMES, "models", "clear", "lit_pixart")
+PEERS = ("sdpa", "eager", "compiled", "cudnn", "flex", "timm", "dit", "pixart")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -56,7 +56,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--whole",
         action="store_true",
-        help="lit: compile models whole, not block by block, as modes with CUDA graphs always do",
+        help="lit, lit_pixart: compile models whole, not block by block; modes with CUDA graphs do",
     )
     parser.add_argument("--no-compile", action="store_true", help="no peer and no model compiled")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=(), help="these only")
@@ -141,7 +141,7 @@ def _cases(options: Namespace, settings: "Settings") -> "list[Case]":
         module = import_module(f".benchmark.{OPERATIONS[options.name]}", __package__)
         cases = [module.build(x) for x in options.shape] if options.shape else module.cases(tiny)
     else:
-        from .benchmark import clear, lit, models
+        from .benchmark import clear, lit, lit_pixart, models
 
         mode = models.Mode(
             settings.device,
@@ -152,7 +152,7 @@ def _cases(options: Namespace, settings: "Settings") -> "list[Case]":
             whole=options.whole,
         )
         names = MODEL_NAMES if options.name == "models" else (options.name,)
-        own = {"clear": clear, "lit": lit}
+        own = {"clear": clear, "lit": lit, "lit_pixart": lit_pixart}
         cases = []
         for name in names:
             if name in own:

@@ -16,6 +16,7 @@ from lintra.tools.benchmark import (
     ada_layer_norm,
     clear,
     lit,
+    lit_pixart,
     local_attention,
     models,
     report,
@@ -65,12 +66,13 @@ def test_an_operation(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert len(widths) == 1
 
 
-@pytest.mark.parametrize("name", bench.MODEL_NAMES)
+@pytest.mark.parametrize("name", [*bench.MODEL_NAMES, "lit_pixart"])
 @pytest.mark.parametrize("training", [False, True])
 def test_a_model(name: str, training: bool, tmp_path: Path) -> None:
     assert run(name, tmp_path, *(["--training"] if training else [])) == 0
     found = records(tmp_path / f"{name}.csv")
-    assert {row["impl"] for row in found} == {OURS, "dit" if name == "lit" else "timm"}
+    peers = {"lit": "dit", "lit_pixart": "pixart"}
+    assert {row["impl"] for row in found} == {OURS, peers.get(name, "timm")}
     assert {row["direction"] for row in found} == {"step" if training else "fwd"}
     assert all(float(row["p50"]) > 0 for row in found)
     assert all(float(row["images_per_second"]) > 0 for row in found)
@@ -94,6 +96,14 @@ def test_every_size_of_lit_at_every_resolution() -> None:
     assert {str(target) for case in training for target in case.targets} == {
         "('step', 'memory of dit')"
     }
+
+
+def test_pixart_at_every_resolution() -> None:
+    mode = models.Mode(CPU, torch.bfloat16, "reduce-overhead")
+    sides = "512px B8", "1024px B4", "2048px B1"
+    found = [f"lit_pixart Sigma {side} compile:reduce-overhead whole" for side in sides]
+    assert [str(case) for case in lit_pixart.cases(mode)] == found
+    assert lit_pixart.cases(mode)[1].checks[0].shape == "2x4096x4x288"
 
 
 def test_a_memory_target() -> None:
@@ -270,6 +280,7 @@ def test_an_interrupt_leaves_what_was_measured(
         (["rotary_rms_norm", "--shape", "1,2"], r"`shape` must be B,N,H,D, .* got \(1, 2\)"),
         (["stacked_linear", "--shape", "1,2"], r"`shape` must be G,B,K,F, .* got \(1, 2\)"),
         (["lit", "--shape", "30,1"], r"`shape` must be pixels .* got \(30, 1\)"),
+        (["lit_pixart", "--shape", "8,1"], r"`shape` must be pixels .* got \(8, 1\)"),
         (["clear", "--shape", "40,8"], r"`shape` must be pixels,radius, pixels a .* got \(40, 8\)"),
         (["clear", "--training"], "`training` must not be set for clear, .*"),
         (["lit", "--direction", "bwd"], "`direction` must be one of fwd, got bwd"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from lintra.tools.benchmark import lit, models, runner, timing, turns
+from lintra.tools.benchmark import lit, lit_pixart, models, runner, timing, turns
 from lintra.tools.benchmark.case import OURS, Case, Peer, Run, eager
 from lintra.tools.benchmark.device import open_device
 
@@ -230,16 +230,24 @@ def test_one_without_room_beside_the_others_is_timed_after_them() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize(("name", "whole"), [("lit", False), ("lit", True), ("inline_deit", False)])
+@pytest.mark.parametrize(
+    ("name", "whole"),
+    [("lit", False), ("lit", True), ("lit_pixart", False), ("inline_deit", False)],
+)
 def test_nothing_compiles_once_turns_begin(
     name: str, whole: bool, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counter = CompileCounter()
+    build, peer = {
+        "lit": (lit.cases, "dit"),
+        "lit_pixart": (lit_pixart.cases, "pixart"),
+        "inline_deit": (partial(models.cases, [name]), "timm"),
+    }[name]
     original, plain = torch.compile, turns.take_turns
     compiled: list[int] = []
 
     def counting(entrants: Mapping[str, turns.Entrant], *words: Any) -> Any:
-        assert list(entrants) == [OURS, "dit" if name == "lit" else "timm"]
+        assert list(entrants) == [OURS, peer]
         compiled.append(counter.frame_count)
         found = plain(entrants, *words)
         compiled.append(counter.frame_count)
@@ -252,7 +260,6 @@ def test_nothing_compiles_once_turns_begin(
     monkeypatch.setattr(runner, "_checked", lambda *_: None)
     monkeypatch.setattr(runner, "copy_bandwidth", lambda *_: 1e9)
     mode = models.Mode(CPU, torch.bfloat16, tiny=True, training=training, whole=whole)
-    build = lit.cases if name == "lit" else partial(models.cases, [name])
     settings = runner.Settings(CPU, torch.bfloat16, LIMITS, say=lambda line: None)
     _, rows = runner.run_cases(build(mode, [(64, 2), (96, 2)]), settings)
     assert not any(row.error for row in rows)

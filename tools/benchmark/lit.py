@@ -28,7 +28,7 @@ TINY_BATCHES = {64: 2}
 SPEEDUPS = {("XL", 256): 1.0, ("XL", 512): 1.1, ("XL", 1024): 1.5, ("XL", 2048): 4.0}
 PEER = "dit"
 # Pixels of a token's side: eight of the autoencoder times the patch of two.
-_TOKEN = 16
+TOKEN = 16
 # The check in float64 is as strict with few images, and quick.
 _CHECKED_BATCH = 2
 # Modes whose graphs must be of whole models: PyTorch takes every call of one for a new step, in
@@ -65,7 +65,10 @@ def _latents(
     return [latents, steps, torch.randint(1000, (batch,), device=device)]
 
 
-def _prepare(make: Callable[[], nn.Module], mode: Mode) -> Run:
+def prepare(
+    make: Callable[[], nn.Module], mode: Mode, forward: Callable[..., Tensor] = forward_of
+) -> Run:
+    """What is timed of a model: ``forward(model, *inputs)``, or a step with it."""
     from lintra.diffusion.compilation import compile_blocks
 
     model = make().to(mode.device, torch.float32 if mode.training else mode.dtype)
@@ -75,12 +78,14 @@ def _prepare(make: Callable[[], nn.Module], mode: Mode) -> Run:
         # XL takes up to a minute to compile.
         compiles = nn.Module.compile if mode.whole else compile_blocks
         compiles(model, dynamic=False, mode=mode.compile_mode)
-    return step_of(model, model, mode) if mode.training else partial(forward_of, model)
+    call = partial(forward, model)
+    return step_of(model, call, mode) if mode.training else call
 
 
-def _checks(name: str, size: tuple[int, int, int, int], side: int) -> tuple[Case, ...]:
+def checks_of(name: str, size: tuple[int, int, int, int], side: int) -> tuple[Case, ...]:
+    """The operations at the shapes at which a model calls them; these are what is checked."""
     _, width, _, heads = size
-    grid, batch = side // _TOKEN, _CHECKED_BATCH
+    grid, batch = side // TOKEN, _CHECKED_BATCH
     attention = (batch, grid * grid, heads, width // heads)
     return (
         linear_attention.build(attention, name),
@@ -93,7 +98,7 @@ def build(name: str, size: tuple[int, int, int, int], side: int, batch: int, mod
     """The case of one size of LiT, e.g. ``XL``, at images of `side` pixels."""
 
     def entry(linear: bool) -> Peer:
-        return Peer(partial(_prepare, partial(_model, linear, size, side, mode), mode))
+        return Peer(partial(prepare, partial(_model, linear, size, side, mode), mode))
 
     targets = {}
     if mode.training:
@@ -106,7 +111,7 @@ def build(name: str, size: tuple[int, int, int, int], side: int, batch: int, mod
         shape=f"{side}px B{batch} {mode}",
         make=partial(_latents, batch, side, mode),
         ours=entry(True),
-        checks=_checks(name, size, side),
+        checks=checks_of(name, size, side),
         peers={PEER: entry(False)},
         targets={} if mode.tiny else targets,
         directions=("step" if mode.training else "fwd",),
@@ -115,20 +120,33 @@ def build(name: str, size: tuple[int, int, int, int], side: int, batch: int, mod
     )
 
 
+def mode_of(mode: Mode) -> Mode:
+    """`mode` as diffusion models can run in it."""
+    return replace(mode, whole=mode.whole or mode.compile_mode in _CUDA_GRAPHS)
+
+
+def sides_of(
+    shapes: Sequence[Sequence[int]] | None, usual: dict[int, int]
+) -> list[tuple[int, int]]:
+    """Pixels of a side and batch of each case: `shapes`, or `usual` where there are none.
+
+    Raises:
+        ValueError: a shape of another form.
+    """
+    for shape in shapes or ():
+        if len(shape) != 2 or shape[0] % TOKEN or min(shape) < 1:
+            raise ValueError(f"`shape` must be pixels (a multiple of 16), batch, got {shape}")
+    return [(side, batch) for side, batch in shapes or usual.items()]
+
+
 def cases(mode: Mode, shapes: Sequence[Sequence[int]] | None = None) -> list[Case]:
     """All sizes at all resolutions; `shapes` are (pixels, batch) instead of the usual ones.
 
     Raises:
         ValueError: a shape of another form.
     """
-    if mode.compile_mode in _CUDA_GRAPHS:
-        mode = replace(mode, whole=True)
     import_module("lintra.diffusion.models.transformer_lit")  # before anything is timed
-    for shape in shapes or ():
-        if len(shape) != 2 or shape[0] % _TOKEN or min(shape) < 1:
-            raise ValueError(f"`shape` must be pixels (a multiple of 16), batch, got {shape}")
-    usual = TINY_BATCHES if mode.tiny else BATCHES
-    wanted = [tuple(shape) for shape in shapes] if shapes else list(usual.items())
+    mode, wanted = mode_of(mode), sides_of(shapes, TINY_BATCHES if mode.tiny else BATCHES)
     sizes = TINY_SIZE if mode.tiny else SIZES
     return [
         build(name, size, side, batch, mode)
