@@ -83,6 +83,9 @@ class LiTBlock(nn.Module):
             class_labels: see `forward`.
             attention_kwargs: see `forward`.
             modulation: see `forward`.
+
+        Returns:
+            Tokens ``(B, N, C)``, what the feed-forward layer adds to them, and its gate ``(B, C)``.
         """
         norm1 = self.norm1
         if modulation is None:

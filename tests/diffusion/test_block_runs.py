@@ -108,7 +108,7 @@ def test_trains_and_checkpoints_single_blocks(monkeypatch):
     torch.testing.assert_close(gradients(model), expected)
 
 
-def test_blocks_in_a_row_are_blocks_one_by_one(monkeypatch):
+def test_blocks_in_a_row_are_blocks_one_by_one():
     model = without_label_dropout(tiny_lit(num_layers=3))
     in_a_row = predict(model), gradients(model)
     called = []

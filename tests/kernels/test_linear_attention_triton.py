@@ -163,11 +163,10 @@ def test_a_tensor_off_a_boundary_decides_for_itself_only(monkeypatch, dim, lengt
         triton_fwd._PLANS._known.clear()
         launched = []
         for first in order:
-            kernels = []
-            call = lambda self, *_, kernels=kernels: kernels.append(self._kernel.__name__)  # noqa: E731
-            monkeypatch.setattr(KernelCall, "__call__", call)
+            seen = []
+            monkeypatch.setattr(KernelCall, "__call__", lambda self, *_, to=seen: to.append(self))
             linear_attention(*[tensors[first]] * 3, impl="triton")
-            launched.append(kernels)
+            launched.append([call._kernel.__name__ for call in seen])
         assert launched[0] == launched[2] != launched[1]
         orders.append(dict(zip(order, launched, strict=True)))
     assert orders[0] == orders[1]
