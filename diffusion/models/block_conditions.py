@@ -42,8 +42,9 @@ class BlockConditions:
     """``m_l = W_l silu(time_l + label_l) + b_l`` of every block l by three launches.
 
     A block's own layers are eight calls on a few numbers each, a third of what the host does for a
-    block, and eager inference waits for the host. Computed so wherever calling them is no more than
-    that: on a GPU, without gradients, nothing hooked, adapted, quantised or compiled as a whole.
+    block, as much again for their gradients, and mostly the GPU waits for the host. Computed so
+    wherever calling them is no more than that: on a GPU, nothing hooked, adapted, quantised or
+    compiled as a whole.
 
     Belongs to one model, and is no part of its state.
     """
@@ -77,11 +78,7 @@ class BlockConditions:
     ) -> "_Layers | None":
         if torch.compiler.is_compiling():
             return None
-        if (
-            not on_gpu(time_features)  # first: some devices know no autocast
-            or torch.is_grad_enabled()
-            or torch.is_autocast_enabled(time_features.device.type)
-        ):
+        if not on_gpu(time_features):
             # Weights that have been replaced since must not be held.
             self._layers = None
             return None
@@ -101,9 +98,9 @@ class BlockConditions:
             layers = self._layers = None if capturing else _layers_of(blocks)
         if (
             layers is None
-            or layers.dtype != time_features.dtype
             or layers.device != time_features.device
-            or layers.drop_labels()
+            or layers.dtype_of_products(time_features) is None
+            or layers.drops_differ()
         ):
             return None
         return layers
@@ -159,17 +156,38 @@ class _Layers:
             )
         )
 
-    def drop_labels(self) -> bool:
-        """Whether some block embeds "no class" in place of labels, by chance."""
-        return any(x.training and x.dropout_prob > 0 for x in self._label_embedders)
+    def dtype_of_products(self, x: Tensor) -> torch.dtype | None:
+        """In which calling the layers with x multiplies; None if not in theirs or autocast's."""
+        kind = x.device.type
+        if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            return dtype if self.dtype in (dtype, torch.float32) else None
+        return x.dtype if x.dtype == self.dtype else None
+
+    def drops_differ(self) -> bool:
+        """Whether one block replaces labels by "no class" more often than another."""
+        return len({_drop_of(embedder) for embedder in self._label_embedders}) > 1
+
+    def _dropped(self, class_labels: Tensor) -> Tensor:
+        """Labels of which each block replaces its own, by chance, as `LabelEmbedding` does."""
+        chance, no_class = _drop_of(self._label_embedders[0])
+        if chance == 0:
+            return class_labels
+        drawn = torch.rand(self._count, len(class_labels), device=class_labels.device)
+        return torch.where(drawn < chance, no_class, class_labels)
 
     def __call__(self, time_features: Tensor, class_labels: Tensor) -> Sequence[Tensor]:
         weight_1, bias_1, weight_2, bias_2, weight, bias, rows = self._tables
-        hidden = stacked_linear(time_features, weight_1, bias_1, silu=True)
-        condition = stacked_linear(
-            hidden, weight_2, bias_2, rows=rows, labels=class_labels, silu=True
-        )
-        return stacked_linear(condition, weight, bias).unbind()
+        labels, dtype = self._dropped(class_labels), self.dtype_of_products(time_features)
+        hidden = stacked_linear(time_features.to(dtype), weight_1, bias_1, silu=True)
+        # Under autocast rows are wider than products, and so is the sum.
+        condition = stacked_linear(hidden, weight_2, bias_2, rows=rows, labels=labels, silu=True)
+        return stacked_linear(condition.to(dtype), weight, bias).unbind()
+
+
+def _drop_of(embedder: Any) -> tuple[float, int]:
+    """How often a `LabelEmbedding` replaces a label, and by what."""
+    return (embedder.dropout_prob if embedder.training else 0), embedder.num_classes
 
 
 def _places_of(block: nn.Module) -> Iterable[tuple[dict[str, Any], str, nn.Module]]:

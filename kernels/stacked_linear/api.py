@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .._common.checks import IMPLEMENTATIONS, check_choice, check_tensor
 from .._common.launch import takes_kernel, why_no_kernel
-from .._common.operators import are_plain, needs_gradient
+from .._common.operators import are_plain
 from .reference import stacked_linear_reference
 from .table import TensorTable
 
@@ -34,8 +34,9 @@ def _check(
         raise ValueError(f"`weights` must have shape (F, K), got {tuple(weights.shape)}")
     count, (outputs, width) = len(weights), weights.shape
     check_tensor("x", x, "(G, B, K)" if x.ndim == 3 else "(B, K)")
-    if x.dtype != weights.dtype:
-        raise TypeError(f"`x` must have dtype {weights.dtype}, got {x.dtype}")
+    rounded = weights.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)
+    if x.dtype != weights.dtype and not rounded:
+        raise TypeError(f"`x` must have dtype {weights.dtype}, or half of float32, got {x.dtype}")
     if x.device != weights.device:
         raise ValueError(f"`x` must be on {weights.device}, got {x.device}")
     if x.shape[-1] != width or (x.ndim == 3 and len(x) != count):
@@ -48,9 +49,11 @@ def _check(
     if rows is None or labels is None:
         return
     _check_table("rows", rows, weights, (rows.shape[0], outputs))
-    if labels.shape != x.shape[-2:-1] or labels.dtype != torch.int64:
+    batch = x.shape[-2]
+    if labels.shape not in ((batch,), (count, batch)) or labels.dtype != torch.int64:
         raise ValueError(
-            f"`labels` must be {x.shape[-2]} of int64, got {tuple(labels.shape)} of {labels.dtype}"
+            f"`labels` must be {batch} of int64, or {count} times as many,"
+            f" got {tuple(labels.shape)} of {labels.dtype}"
         )
     if labels.device != x.device:
         raise ValueError(f"`labels` must be on {x.device}, got {labels.device}")
@@ -75,32 +78,34 @@ def stacked_linear(
 
     Args:
         x: ``(G, B, K)``, or ``(B, K)`` for all layers the same; any floating dtype.
-        weights: G of ``(F, K)``, in the dtype of x.
+        weights: G of ``(F, K)``, in the dtype of x; or float32 with x of half precision, to which
+            they are then rounded, as autocast would.
         biases: G of ``(F)``, likewise.
-        rows: G tables ``(R, F)`` likewise, of which `labels` picks a row for each sample, or None.
-        labels: ``(B)``, int64, 0 to R - 1.
+        rows: G tables ``(R, F)`` in the dtype of the weights, of which `labels` picks a row for
+            each sample, or None.
+        labels: ``(B)``, int64, 0 to R - 1, or ``(G, B)``.
         silu: whether f is silu.
         impl: ``auto``, ``reference`` (PyTorch) or ``triton``. ``auto`` takes the Triton kernel on
-            CUDA for float16, bfloat16 and float32 where no gradient is asked for, nothing traces
-            and all tensors are contiguous and begin at multiples of 16 bytes.
+            CUDA for float16, bfloat16 and float32 where nothing traces and all tensors are
+            contiguous and begin at multiples of 16 bytes.
 
     Returns:
-        ``(G, B, F)`` in the dtype of x. Sums of products are float32 (float64 for float64 inputs),
-        also under autocast, and rounded before rows are added and before silu, as modules would.
-        With a label that is none, the kernel makes a row of NaN; PyTorch raises.
+        ``(G, B, F)`` in the dtype of x, of rows where these are wider. Sums of products are float32
+        (float64 for float64 inputs), also under autocast, and rounded before rows are added and
+        before silu, as modules would. Gradients are those of the tensors of the tables, as views of
+        one tensor for each table. With a label that is none, the kernel makes a row of NaN; PyTorch
+        raises.
 
     Raises:
         ValueError: shapes, counts or devices disagree, rows without labels, tensors that have moved
             since their table was made, an unknown `impl`.
         TypeError: dtypes that are not floating point or differ.
-        NotImplementedError: ``impl="triton"`` cannot run here.
+        NotImplementedError: ``impl="triton"`` cannot run here; a second derivative.
     """
     _check(x, weights, biases, rows, labels, impl)
     tables = [weights, biases] if rows is None else [weights, biases, rows]
     inputs = [x] if labels is None else [x, labels]
     reason = why_no_kernel(x)
-    if torch.is_grad_enabled() and needs_gradient(x, *(y for t in tables for y in t.tensors)):
-        reason = "its kernel has no gradient"
     if not torch.compiler.is_compiling() and any(table.has_moved() for table in tables):
         raise ValueError("`weights`, `biases` and `rows` must be made anew once tensors have moved")
     if reason is None and not all(table.is_plain for table in tables):
@@ -111,8 +116,8 @@ def stacked_linear(
     if impl == "triton" and reason is not None:
         raise NotImplementedError(f"`impl` must not be 'triton' for stacked_linear: {reason}")
     if takes_kernel(impl, x, reason):
-        from .triton_fwd import stacked_linear_fwd
+        from .gradient import stacked_linear_triton
 
-        return stacked_linear_fwd(x, weights, biases, rows, labels, silu)
+        return stacked_linear_triton(x, weights, biases, rows, labels, silu)
     tensors = None if rows is None else rows.tensors
     return stacked_linear_reference(x, weights.tensors, biases.tensors, tensors, labels, silu)

@@ -15,7 +15,9 @@ def stacked_linear_reference(
     inputs = x.unbind() if x.ndim == 3 else (x,) * len(weights)
     with no_autocast(x.device.type):
         layers = zip(inputs, weights, biases, strict=True)
-        out = torch.stack([F.linear(y, weight, bias) for y, weight, bias in layers])
+        products = [F.linear(y, weight.to(y.dtype), bias.to(y.dtype)) for y, weight, bias in layers]
+        out = torch.stack(products)
         if rows is not None and labels is not None:
-            out = out + torch.stack([F.embedding(labels, table) for table in rows])
+            each = labels.unbind() if labels.ndim == 2 else (labels,) * len(rows)
+            out = out + torch.stack(list(map(F.embedding, each, rows)))
         return F.silu(out) if silu else out

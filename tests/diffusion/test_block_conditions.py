@@ -121,6 +121,7 @@ def _no_bias(model):
 
 
 def _drop_labels(model):
+    """In one block and not in the other."""
     model.transformer_blocks[0].norm1.emb.class_embedder.train()
 
 
@@ -197,15 +198,86 @@ def test_replaced_weights_are_not_kept(launches, model):
     assert old() is None
 
 
-def test_blocks_are_asked_with_gradients_autocast_or_many_samples(launches, model):
-    predict(model)
-    with torch.no_grad():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            predict(model)
-        predict(model, batch=block_conditions._MAX_BATCH + 1)
-        assert not launches
-        predict(model)
+@torch.no_grad()
+def test_blocks_are_asked_with_many_samples(launches, model):
+    predict(model, batch=block_conditions._MAX_BATCH + 1)
+    assert not launches
+    predict(model, batch=block_conditions._MAX_BATCH)
     assert len(launches) == 3
+
+
+@torch.no_grad()
+def test_blocks_are_asked_under_an_autocast_to_another_half(launches, model):
+    """Which would round weights once more."""
+    model.half()
+    features, labels = torch.randn(2, 256), torch.tensor([1, 2])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model._conditions(model.transformer_blocks, features, labels) == [None, None]
+    assert not launches
+
+
+def step(model):
+    """Prediction, and the gradients of all parameters."""
+    model.zero_grad()
+    out = predict(model)
+    out.square().mean().backward()
+    return out.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dropped", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_equals_blocks_in_training(launches, model, monkeypatch, autocast, dropped):
+    model.train()
+    for module in model.modules():
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = dropped
+
+    def seeded():
+        torch.manual_seed(2)  # a CPU draws for all blocks what it draws for each
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return step(model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(block_conditions, "on_gpu", lambda _: False)
+        expected, gradients = seeded()
+    assert not launches
+    out, found = seeded()
+    assert len(launches) == 3
+    tolerance = {"rtol": 2e-2, "atol": 2e-3} if autocast else {}
+    torch.testing.assert_close(out, expected, **tolerance)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == found[name].dtype == torch.float32
+        size = gradient.abs().max() * (3e-2 if autocast else 1e-5) + 1e-12
+        assert (found[name] - gradient).abs().max() <= size, name
+    if dropped == 1:
+        rows = found["transformer_blocks.1.norm1.emb.class_embedder.embedding_table.weight"]
+        assert rows[-1].any()
+        assert not rows[:-1].any()
+
+
+def test_checkpoints_take_them(launches, model):
+    """Blocks that are computed again are given what the others were."""
+    model.train()
+    for module in model.modules():
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0
+    _, plain = step(model)
+    model.enable_gradient_checkpointing()
+    _, gradients = step(model)
+    assert len(launches) == 6
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, plain[name])
+
+
+def test_frozen_blocks(launches, model):
+    """As where only some blocks are trained."""
+    model.requires_grad_(False)
+    model.transformer_blocks[1].norm1.linear.weight.requires_grad_()
+    _, gradients = step(model)
+    assert len(launches) == 3
+    assert [name for name, gradient in gradients.items() if gradient is not None] == [
+        "transformer_blocks.1.norm1.linear.weight"
+    ]
 
 
 @torch.no_grad()
@@ -275,3 +347,36 @@ def test_on_the_gpu(dtype):
             expected = norm.linear(norm.silu(embedded))
             torch.testing.assert_close(modulation, expected, rtol=2e-2, atol=2e-3)
         assert model(latents, steps, labels).sample.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_training_on_the_gpu(monkeypatch, autocast):
+    from lintra.diffusion.models.transformer_lit import LiTTransformer2DModel
+
+    torch.manual_seed(0)
+    model = LiTTransformer2DModel(
+        num_layers=4, num_attention_heads=4, attention_head_dim=64, sample_size=16
+    )
+    model.to("cuda")  # with labels that stay
+    latents, labels = torch.randn(8, 4, 16, 16, device="cuda"), torch.arange(8, device="cuda")
+    calls = []
+    original = block_conditions.stacked_linear
+    monkeypatch.setattr(
+        block_conditions, "stacked_linear", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
+
+    def gradients():
+        model.zero_grad()
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+            out = model.eval()(latents, labels * 100, labels).sample
+        out.float().square().mean().backward()
+        return {name: p.grad.double() for name, p in model.named_parameters()}
+
+    found = gradients()
+    assert len(calls) == 3
+    monkeypatch.setattr(block_conditions, "on_gpu", lambda _: False)
+    for name, expected in gradients().items():
+        error = (found[name] - expected).norm() / expected.norm().clamp_min(1e-12)
+        assert error < (5e-2 if autocast else 1e-4), name
+    assert len(calls) == 3

@@ -115,13 +115,14 @@ def adaptive(channels: int, dtype: torch.dtype) -> None:
     gated_add_bwd(x, update, gate)
 
 
-def stacked(batch: int, width: int, dtype: torch.dtype) -> None:
+def stacked(batch: int, width: int, dtype: torch.dtype, of_tables: torch.dtype) -> None:
     x, labels = torch.empty(batch, width, dtype=dtype), torch.zeros(batch, dtype=torch.int64)
     tables = [
-        TensorTable("made", [torch.empty(shape, dtype=dtype)] * 2)
+        TensorTable("made", [torch.empty(shape, dtype=of_tables)] * 2)
         for shape in ((72, width), (72,), (11, 72))
     ]
     stacked_linear_fwd(x, *tables, labels, True)
+    stacked_linear_fwd(torch.stack([x, x]), *tables, torch.stack([labels, labels]), True)
     stacked_linear_fwd(torch.stack([x, x]), *tables[:2], None, None, False)
 
 
@@ -145,7 +146,8 @@ for dim, dtype in ((16, torch.float32), (64, torch.bfloat16)):
     local(dim, dtype)
     mlp(dim, dtype)
     rotary(2 * dim, dtype)
-    stacked(dim, 8 * dim, dtype)  # at 64 samples the most memory
+    for of_tables in {dtype, torch.float32}:
+        stacked(dim, 8 * dim, dtype, of_tables)  # at 64 samples the most memory
 with pinned(fwd_way="wide", bwd_way="wide"):
     linear(288, torch.bfloat16, *LINEAR)
     linear(320, torch.bfloat16, LINEAR[0])  # the most memory

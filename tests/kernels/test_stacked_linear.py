@@ -19,28 +19,35 @@ CASES = [
 ]
 
 
-def inputs_of(groups, batch, width, outputs, rows, shared, silu, dtype=torch.float32):
-    """x, and the options of the operation: tables of tensors that lie apart."""
+def inputs_of(
+    groups, batch, width, outputs, rows, shared, silu, dtype=torch.float32, tables=None, each=False
+):
+    """x, and the options of the operation: tables of tensors that lie apart, of the dtype `tables`
+    if it is not that of x; each layer with labels of its own if `each`."""
 
     def table(*shape, scale=1.0):
-        made = [torch.randn(*shape).mul(scale).to(DEVICE, dtype) for _ in range(groups)]
-        return TensorTable("made", made)
+        made = [torch.randn(*shape).mul(scale) for _ in range(groups)]
+        return TensorTable("made", [x.to(DEVICE, tables or dtype) for x in made])
 
     x = torch.randn(*(() if shared else (groups,)), batch, width).to(DEVICE, dtype)
     options = {"silu": silu}
     if rows:
         options["rows"] = table(rows, outputs)
-        options["labels"] = torch.randint(rows, (batch,), device=DEVICE)
+        shape = (groups, batch) if each else (batch,)
+        options["labels"] = torch.randint(rows, shape, device=DEVICE)
     return x, table(outputs, width, scale=width**-0.5), table(outputs), options
 
 
 def by_modules(x, weights, biases, options, dtype):
-    """Layer by layer in `dtype`, rounding where modules of it would."""
+    """Layer by layer in `dtype`, rounding where modules of it, or autocast to it, would."""
     outs = []
+    wide = torch.promote_types(dtype, weights.dtype)
     for g, (weight, bias) in enumerate(zip(weights.tensors, biases.tensors, strict=True)):
         out = F.linear((x if x.ndim == 2 else x[g]).to(dtype), weight.to(dtype), bias.to(dtype))
         if "rows" in options:
-            out = out + options["rows"].tensors[g].to(dtype)[options["labels"]]
+            labels = options["labels"]
+            row = options["rows"].tensors[g].to(wide)[labels if labels.ndim == 1 else labels[g]]
+            out = out + row
         outs.append(F.silu(out) if options["silu"] else out)
     return torch.stack(outs)
 
@@ -49,7 +56,7 @@ def assert_close(out, inputs):
     x, weights, biases, options = inputs
     exact = by_modules(x, weights, biases, options, torch.float64)
     plain = by_modules(x, weights, biases, options, x.dtype)
-    assert out.dtype == x.dtype
+    assert out.dtype == plain.dtype
     assert out.shape == exact.shape
     allowed = 2 * (plain.double() - exact).abs().max()
     allowed = allowed + 2 * torch.finfo(x.dtype).eps * exact.abs().max()
@@ -74,11 +81,22 @@ def test_kernel(case, dtype):
     assert_close(stacked_linear(*tensors, **options, impl="triton"), inputs)
 
 
+@pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=on_gpu_or_interpreted)])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_wide_weights_and_labels_of_each_layer(case, dtype, impl):
+    """As under autocast, and as blocks draw them that drop labels."""
+    inputs = inputs_of(*case, dtype, tables=torch.float32, each=True)
+    *tensors, options = inputs
+    assert_close(stacked_linear(*tensors, **options, impl=impl), inputs)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("tables", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("batch", [1, 8, 32, 64, 100])
 @pytest.mark.parametrize("sizes", [(256, 1152), (1152, 6912), (384, 2304)], ids=str)
-def test_sizes_of_lit(batch, sizes):
-    inputs = inputs_of(28, batch, *sizes, 1001, False, True, torch.bfloat16)
+def test_sizes_of_lit(batch, sizes, tables):
+    inputs = inputs_of(28, batch, *sizes, 1001, False, True, torch.bfloat16, tables)
     *tensors, options = inputs
     assert_close(stacked_linear(*tensors, **options, impl="triton"), inputs)
     assert_close(stacked_linear(*tensors, **options), inputs)  # launched directly
@@ -101,13 +119,82 @@ def test_no_samples(shape):
     assert out.shape == (2, 0, 8)
 
 
-def test_gradients_take_the_reference():
-    x, weights, biases, _ = inputs_of(2, 3, 16, 8, 0, True, False)
-    weights.tensors[1].requires_grad_()
-    stacked_linear(x, weights, biases).sum().backward()
-    torch.testing.assert_close(weights.tensors[1].grad, x.sum(0).expand(8, 16))
-    with pytest.raises(NotImplementedError, match="stacked_linear: .*"):
-        stacked_linear(x, weights, biases, impl="triton")
+def leaves_of(x, weights, biases, options):
+    rows = options["rows"].tensors if "rows" in options else ()
+    return [x, *weights.tensors, *biases.tensors, *rows]
+
+
+def gradients(out, leaves, retain_graph=None):
+    torch.manual_seed(1)
+    weight = torch.randn(out.shape, dtype=torch.float64).to(out.device, out.dtype)
+    return torch.autograd.grad(out, leaves, weight, retain_graph)
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=on_gpu_or_interpreted)])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tables"),
+    [
+        (torch.float32, torch.float32),
+        *((half, wide) for half in HALVES for wide in (half, torch.float32)),
+    ],
+    ids=str,
+)
+def test_gradients(case, dtype, tables, impl):
+    inputs = inputs_of(*case, dtype, tables=tables, each=case[0] == 2)
+    leaves = leaves_of(*inputs)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    *tensors, options = inputs
+    found = gradients(stacked_linear(*tensors, **options, impl=impl), leaves)
+    exact = gradients(by_modules(*inputs, torch.float64), leaves)
+    plain = gradients(by_modules(*inputs, dtype), leaves)
+    for leaf, ours, theirs, best in zip(leaves, found, plain, exact, strict=True):
+        assert ours.dtype == leaf.dtype
+        error, size = (theirs.double() - best).abs().max(), best.abs().max()
+        assert (ours.double() - best).abs().max() <= 2 * error + 4 * torch.finfo(dtype).eps * size
+
+
+@on_gpu_or_interpreted
+def test_gradients_of_some():
+    """Frozen tensors get none, a label that is none takes no row, and gradients add up."""
+    x, weights, biases, options = inputs_of(2, 3, 16, 8, 4, True, False)
+    options["labels"] = torch.tensor([[0, 4, 1], [-1, 3, 3]], device=DEVICE)
+    some = [weights.tensors[1], biases.tensors[0], options["rows"].tensors[1]]
+    for tensor in some:
+        tensor.requires_grad_()
+    for _ in range(2):
+        stacked_linear(x, weights, biases, **options, impl="triton").backward(
+            torch.ones(2, 3, 8, device=DEVICE)
+        )
+    assert weights.tensors[0].grad is biases.tensors[1].grad is None
+    torch.testing.assert_close(some[0].grad, 2 * x.sum(0).expand(8, 16))
+    assert some[1].grad.eq(6).all()
+    counts = torch.tensor([0, 0, 0, 4], device=DEVICE)
+    assert torch.equal(some[2].grad, counts[:, None].expand(4, 8).float())
+
+
+@on_gpu_or_interpreted
+def test_no_copy_of_gradients():
+    """Those of a table's tensors lie in one, and are not copied once more to become `grad`."""
+    x, weights, biases, _ = inputs_of(3, 4, 16, 8, 0, True, False)
+    for tensor in weights.tensors:
+        tensor.requires_grad_()
+    stacked_linear(x, weights, biases, impl="triton").sum().backward()
+    first, *others = (tensor.grad for tensor in weights.tensors)
+    assert all(
+        other.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for other in others
+    )
+
+
+@on_gpu_or_interpreted
+def test_only_once_differentiable():
+    x, weights, biases, _ = inputs_of(2, 3, 16, 8, 0, True, True)
+    x.requires_grad_()
+    out = stacked_linear(x, weights, biases, impl="triton")
+    (d_x,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiated only once"):
+        d_x.sum().backward()
 
 
 def test_meta():
@@ -203,7 +290,7 @@ def _changed(**changes):
         ),
         ({"x": lambda _: torch.zeros(3, 3, 16, device=DEVICE)}, ValueError, "`x` must have shape"),
         (
-            {"x": lambda _: torch.zeros(3, 16, device=DEVICE).half()},
+            {"x": lambda _: torch.zeros(3, 16, device=DEVICE).double()},
             TypeError,
             "`x` must have dtype",
         ),
@@ -223,6 +310,11 @@ def _changed(**changes):
             {"labels": lambda _: torch.zeros(4, device=DEVICE).long()},
             ValueError,
             "`labels` must be 3 of int64",
+        ),
+        (
+            {"labels": lambda _: torch.zeros(3, 3, device=DEVICE).long()},
+            ValueError,
+            "`labels` must be 3 of int64, or 2 times as many",
         ),
         ({"labels": lambda m: m["labels"].to("meta")}, ValueError, "`labels` must be on"),
         ({"x": lambda m: m["x"].to("meta")}, ValueError, "`x` must be on"),
