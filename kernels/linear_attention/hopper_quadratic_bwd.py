@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from .._common.boxes import Box
 from .._common.kernel_call import KernelCall
 from .._common.launch import ceil_div, copy_engine_takes, empty
-from .._common.plans import Plans
+from .._common.plans import Memo, Plans
 from . import configs
 from .hopper_blocks import (
     activate,
@@ -383,7 +383,7 @@ _PLANS = Plans(_plan)
 
 def backward_quadratic_hopper(
     inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...],
-    feature_map: str, normalizer: str, scale: float, eps: float,
+    feature_map: str, normalizer: str, scale: float, eps: float, memo: Memo | None = None,
 ) -> None:  # fmt: skip
     """Fills `grads`, those of query, key and value, from `inputs`: d_out, query, key and value. No
     covariance, bfloat16 and as many value as head channels only, in multiples of 8."""
@@ -392,7 +392,7 @@ def backward_quadratic_hopper(
         x if copy_engine_takes(x) else x.clone(memory_format=torch.contiguous_format)
         for x in inputs
     )
-    plan = _PLANS((*inputs, *grads), feature_map, normalizer, scale, eps)
+    plan = _PLANS((*inputs, *grads), feature_map, normalizer, scale, eps, memo=memo)
     like = inputs[1]
     weights, offsets = (empty(*plan.scratch, like=like, dtype=torch.float32) for _ in "wc")
     plan.queries(*inputs, grads[0], weights, offsets)

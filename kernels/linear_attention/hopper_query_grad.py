@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .._common.kernel_call import KernelCall
 from .._common.launch import common_vector, empty, strides_in_vectors
-from .._common.plans import Plans
+from .._common.plans import Memo, Plans
 from . import configs
 from .hopper_blocks import (
     allocate,
@@ -220,11 +220,12 @@ _PLANS = Plans(_plan)
 
 def query_grad_hopper(
     d_out: Tensor, query: Tensor, dq: Tensor, matrix: Tensor, row: Tensor,
-    feature_map: str, ratio: bool, scale: float, eps: float,
+    feature_map: str, ratio: bool, scale: float, eps: float, memo: Memo | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Fills dq from the state `matrix` ``(B * H, E, D)`` with its `row` z, ``(B * H * D)``; for
     ratio returns x ``(B, N, H, D)`` and dz, without it the tensors of the queries and of z."""
-    ranges, call = _PLANS((d_out, matrix, query, dq), feature_map, ratio, scale, eps)
+    tensors, options = (d_out, matrix, query, dq), (feature_map, ratio, scale, eps)
+    ranges, call = _PLANS(tensors, *options, memo=memo)
     if not ratio:
         call(d_out, matrix, dq, dq, query, row, row)
         return query, row

@@ -14,169 +14,40 @@ well for values v_j - c, if -w_i^2 u_i gains eps w_i / (s phi(q_i) . z + eps) do
 SHIFTED so, since its products have no more digits than its results.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .._common.kernel_call import KernelCall
-from .._common.launch import common_vector, device_guard, empty, strides_in_vectors, unit_last
-from .._common.plans import Plans
+from .._common.launch import (
+    aligned,
+    common_vector,
+    device_guard,
+    empty,
+    strides_in_vectors,
+    unit_last,
+)
+from .._common.plans import Memo, Plans
 from . import configs, ways
 from .triton_blocks import (
     centre,
-    empty_moments,
-    feature_grad,
-    fold_gains,
     folds,
-    gain_rows,
-    load_features,
     load_state,
-    load_tile,
     load_vectors,
-    moment_step,
     moments,
-    row_dot,
-    rows_dot_vector,
-    rows_times_rows,
     scale_cast,
     shifts_of,
     store_state,
-    store_tile,
     store_vectors,
-    sum_rows,
     value_shifts_of,
 )
-from .triton_bwd_wide import key_side_wide, query_side_wide
+from .triton_bwd_sweeps import key_sweep, query_sweep
+from .triton_bwd_wide import Wide, backward_wide, wide_of
 from .triton_keys_first import moments_keys_first, query_sweep_keys_first
-from .triton_state import State, empty_parts, forward_state, reduce_parts, transposed
-
-
-@triton.jit
-def _query_sweep(
-    p_do, p_q, p_dq, do_stride, q_stride, dq_stride, start, stop,
-    s00, s01, s10, s11, z0, z1, cv0, cv1, scale, factor, eps,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
-    FEATURE: tl.constexpr, RATIO: tl.constexpr, SUM_V: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Writes dq of the queries start <= i < stop; their part of dS^T without its factor, of dz
-    and, with SUM_V, of sum do."""
-    DTYPE: tl.constexpr = tl.float32 if WIDE else p_q.dtype.element_ty
-    PRECISION: tl.constexpr = "tf32" if WIDE else "ieee"
-    FOLD: tl.constexpr = folds(RATIO, E, E0, E1, p_q.dtype.element_ty)
-    OWN: tl.constexpr = RATIO and not FOLD
-    d00, d01, d10, d11, dz0, dz1, b0, b1 = empty_moments(D0, D1, E0, E1, OWN, SUM_V)
-    for m in range(start, stop, BLOCK):
-        o_m = m + tl.arange(0, BLOCK)
-        m_m = o_m < stop
-        o_do = o_m.to(tl.int64) * do_stride
-        o_q = o_m.to(tl.int64) * q_stride
-        o_dq = o_m.to(tl.int64) * dq_stride
-        q1, f1, g1, t1, gain = 0.0, 0.0, 0.0, 0.0, 0.0
-        q0 = load_tile(p_q, o_q, m_m, 0, D, D0)
-        f0 = load_features(p_q, o_q, m_m, 0, D, D0, FEATURE)
-        g0 = load_tile(p_do, o_do, m_m, 0, E, E0).to(DTYPE)
-        if D1 > 0:
-            q1 = load_tile(p_q, o_q, m_m, D0, D, D1)
-            f1 = load_features(p_q, o_q, m_m, D0, D, D1, FEATURE)
-        if E1 > 0:
-            g1 = load_tile(p_do, o_do, m_m, E0, E, E1).to(DTYPE)
-        t0 = rows_times_rows(g0, g1, s00, s10, E1, PRECISION)
-        if D1 > 0:
-            t1 = rows_times_rows(g0, g1, s01, s11, E1, PRECISION)
-        if RATIO:
-            inverse = 1.0 / (scale * rows_dot_vector(f0, f1, z0, z1, D1) + eps)
-            inverse = tl.where(m_m, inverse, 0.0)
-            weight = scale * inverse
-            gain = -weight * row_dot(f0, f1, t0, t1, D1)
-            if WIDE:
-                gain += eps * inverse * rows_dot_vector(g0, g1, cv0, cv1, E1)
-            t0 = (t0 + gain[:, None] * z0[None, :]) * weight[:, None]
-            f0 = f0.to(tl.float32) * weight[:, None]
-            if D1 > 0:
-                t1 = (t1 + gain[:, None] * z1[None, :]) * weight[:, None]
-                f1 = f1.to(tl.float32) * weight[:, None]
-        else:
-            t0 *= factor
-            if D1 > 0:
-                t1 *= factor
-        store_tile(p_dq, o_dq, m_m, 0, feature_grad(q0, t0, FEATURE), D, D0)
-        f0 = f0.to(DTYPE)
-        if D1 > 0:
-            store_tile(p_dq, o_dq, m_m, D0, feature_grad(q1, t1, FEATURE), D, D1)
-            f1 = f1.to(DTYPE)
-        gains = gain_rows(m_m, gain, RATIO, DTYPE, BLOCK)
-        if FOLD:
-            g1 = fold_gains(g1, m_m, gain, E - E0, E1, RATIO)
-        d00, d01, d10, d11, dz0, dz1, b0, b1 = moment_step(
-            f0, f1, g0, g1, gains, d00, d01, d10, d11, dz0, dz1, b0, b1,
-            D1, E1, OWN, SUM_V, PRECISION,
-        )  # fmt: skip
-    dz0, dz1, b0, b1 = sum_rows(d10, d11, dz0, dz1, b0, b1, E - E0, D1, E1, FOLD, RATIO, SUM_V)
-    return d00, d01, d10, d11, dz0, dz1, b0, b1
-
-
-@triton.jit
-def _key_sweep(
-    p_k, p_v, p_dk, p_dv, k_stride, v_stride, dk_stride, dv_stride, start, stop,
-    d00, d01, d10, d11, dz0, dz1, b0, b1, ck0, ck1, cv0, cv1,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    E: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
-    FEATURE: tl.constexpr, RATIO: tl.constexpr, CENTRED: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Writes dk and dv of the tokens start <= j < stop from a finished dS^T."""
-    DTYPE: tl.constexpr = tl.float32 if WIDE else p_k.dtype.element_ty
-    PRECISION: tl.constexpr = "tf32" if WIDE else "ieee"
-    for n in range(start, stop, BLOCK):
-        o_n = n + tl.arange(0, BLOCK)
-        m_n = o_n < stop
-        o_k = o_n.to(tl.int64) * k_stride
-        o_v = o_n.to(tl.int64) * v_stride
-        o_dk = o_n.to(tl.int64) * dk_stride
-        o_dv = o_n.to(tl.int64) * dv_stride
-        k1, f1, v1 = 0.0, 0.0, 0.0
-        k0 = load_tile(p_k, o_k, m_n, 0, D, D0)
-        f0 = load_features(p_k, o_k, m_n, 0, D, D0, FEATURE)
-        v0 = load_tile(p_v, o_v, m_n, 0, E, E0)
-        if D1 > 0:
-            k1 = load_tile(p_k, o_k, m_n, D0, D, D1)
-            f1 = load_features(p_k, o_k, m_n, D0, D, D1, FEATURE)
-        if E1 > 0:
-            v1 = load_tile(p_v, o_v, m_n, E0, E, E1)
-        if CENTRED:
-            f0 = f0.to(tl.float32) - ck0[None, :]
-            if D1 > 0:
-                f1 = f1.to(tl.float32) - ck1[None, :]
-        if CENTRED or (RATIO and WIDE):
-            v0 = v0.to(tl.float32) - cv0[None, :]
-            if E1 > 0:
-                v1 = v1.to(tl.float32) - cv1[None, :]
-        f0, v0 = f0.to(DTYPE), v0.to(DTYPE)
-        if D1 > 0:
-            f1 = f1.to(DTYPE)
-        if E1 > 0:
-            v1 = v1.to(DTYPE)
-        dk0 = rows_times_rows(v0, v1, d00, d10, E1, PRECISION)
-        dv0 = rows_times_rows(f0, f1, tl.trans(d00), transposed(d01, D1), D1, PRECISION)
-        if RATIO:
-            dk0 += dz0[None, :]
-        if CENTRED:
-            dv0 += b0[None, :]
-        store_tile(p_dk, o_dk, m_n, 0, feature_grad(k0, dk0, FEATURE), D, D0)
-        store_tile(p_dv, o_dv, m_n, 0, dv0, E, E0)
-        if D1 > 0:
-            dk1 = rows_times_rows(v0, v1, d01, d11, E1, PRECISION)
-            if RATIO:
-                dk1 += dz1[None, :]
-            store_tile(p_dk, o_dk, m_n, D0, feature_grad(k1, dk1, FEATURE), D, D1)
-        if E1 > 0:
-            dv1 = rows_times_rows(f0, f1, tl.trans(d10), transposed(d11, D1), D1, PRECISION)
-            if CENTRED:
-                dv1 += b1[None, :]
-            store_tile(p_dv, o_dv, m_n, E0, dv1, E, E1)
+from .triton_state import State, empty_parts, forward_state, reduce_parts
 
 
 @triton.jit(
@@ -222,7 +93,7 @@ def _linear_attention_bwd_queries_kernel(
             D, D0, D1, E, E0, E1, FEATURE, BLOCK,
         )  # fmt: skip
     else:
-        d00, d01, d10, d11, dz0, dz1, b0, b1 = _query_sweep(
+        d00, d01, d10, d11, dz0, dz1, b0, b1 = query_sweep(
             p_do, p_q, p_dq, do_sn * VECTOR, q_sn * VECTOR, dq_sn * VECTOR, start, stop,
             s00, s01, s10, s11, z0, z1, cv0, cv1, scale, factor, eps,
             D, D0, D1, E, E0, E1, FEATURE, RATIO, CENTRED, WIDE, BLOCK,
@@ -267,7 +138,7 @@ def _linear_attention_bwd_keys_kernel(
         ck0, ck1 = load_vectors(p_key_row + row * D, D, D0, D1)
     if CENTRED or (RATIO and WIDE):
         cv0, cv1 = load_vectors(p_value_row + row * E, E, E0, E1)
-    _key_sweep(
+    key_sweep(
         p_k + (batch * k_sb + head * k_sh) * VECTOR,
         p_v + (batch * v_sb + head * v_sh) * VECTOR,
         p_dk + (batch * dk_sb + head * dk_sh) * VECTOR,
@@ -343,7 +214,7 @@ def _linear_attention_bwd_fused_kernel(
             D, D0, D1, E, E0, E1, FEATURE, BLOCK,
         )  # fmt: skip
     else:
-        d00, d01, d10, d11, dz0, dz1, b0, b1 = _query_sweep(
+        d00, d01, d10, d11, dz0, dz1, b0, b1 = query_sweep(
             p_do, p_q, p_dq, do_sn * VECTOR, q_sn * VECTOR, dq_sn * VECTOR, 0, num_queries,
             s00, s01, s10, s11, z0, z1, cv0, cv1, scale, factor, eps,
             D, D0, D1, E, E0, E1, FEATURE, RATIO, CENTRED, WIDE, BLOCK,
@@ -355,7 +226,7 @@ def _linear_attention_bwd_fused_kernel(
         if E1 > 0:
             b1 /= num_keys
     d00, d01, d10, d11 = scale_cast(d00, d01, d10, d11, factor, DTYPE, D1, E1)
-    _key_sweep(
+    key_sweep(
         p_k, p_v,
         p_dk + (batch * dk_sb + head * dk_sh) * VECTOR,
         p_dv + (batch * dv_sb + head * dv_sh) * VECTOR,
@@ -384,14 +255,28 @@ def _keys_first(kernel: str, query: Tensor, value: Tensor, normalizer: str) -> b
     return normalizer == "ratio" and configs.keys_first(kernel, query, width)
 
 
+class _Plan(NamedTuple):
+    """The way that runs, the launch that is all of the fused one, and what the wide and the
+    quadratic one know of aligned tensors."""
+
+    way: str
+    fused: KernelCall | None = None
+    wide: Wide | None = None
+    quadratic: Memo | None = None
+
+
 def _plan(
-    tensors: tuple[Tensor, ...], feature_map: str, normalizer: str, scale: float, eps: float
-) -> tuple[str, KernelCall | None]:
-    """The way that runs, and the launch that is all of the fused one."""
+    tensors: tuple[Tensor, ...],
+    feature_map: str, normalizer: str, scale: float, eps: float, are_aligned: tuple[bool, bool],
+) -> _Plan:  # fmt: skip
+    """`are_aligned`: d_out, and all the others; `ways` asks it too, and no layout tells."""
     _, query, key, value = tensors
     way = ways.way_of("bwd", query, key, value, normalizer)
     if way != "fused":
-        return way, None
+        if not all(are_aligned):
+            return _Plan(way)
+        wide = wide_of(*tensors, normalizer) if way == "wide" else None
+        return _Plan(way, wide=wide, quadratic=Memo() if way == "quadratic" else None)
     launch = configs.launch_of("bwd_fused", query, max(query.shape[3], value.shape[3]))
     grads = [x.new_empty(x.shape, device="meta") for x in (query, key, value)]
     vector = common_vector(*tensors, *grads)
@@ -400,7 +285,8 @@ def _plan(
     numbers = (num_queries, key.shape[1], heads, scale, eps, *strides)
     constants = _constants("bwd_fused", launch, vector, query, value, feature_map, normalizer)
     constants["KEYS_FIRST"] = _keys_first("bwd_fused", query, value, normalizer)
-    return way, KernelCall(_linear_attention_bwd_fused_kernel, (batch * heads,), numbers, constants)
+    call = KernelCall(_linear_attention_bwd_fused_kernel, (batch * heads,), numbers, constants)
+    return _Plan(way, call)
 
 
 _PLANS = Plans(_plan)
@@ -479,22 +365,23 @@ def linear_attention_bwd(
         return dq.zero_(), dk.zero_(), dv.zero_()
     d_out, query, key, value = (unit_last(x) for x in (d_out, query, key, value))
     options = (feature_map, normalizer, scale, eps)
+    tensors = (d_out, query, key, value)
     with device_guard(query):
-        way, fused = _PLANS((d_out, query, key, value), *options)
-        if fused is not None:
-            fused(d_out, query, key, value, dq, dk, dv)
+        plan = _PLANS(tensors, *options, (aligned(d_out), aligned(query, key, value)))
+        if plan.fused is not None:
+            plan.fused(*tensors, dq, dk, dv)
             return dq, dk, dv
-        if way == "quadratic":
+        if plan.way == "quadratic":
             from .hopper_quadratic_bwd import backward_quadratic_hopper  # not in every triton
 
-            backward_quadratic_hopper((d_out, query, key, value), (dq, dk, dv), *options)
+            backward_quadratic_hopper(tensors, (dq, dk, dv), *options, plan.quadratic)
             return dq, dk, dv
-        query_side = query_side_wide if way == "wide" else _query_side
-        key_side = key_side_wide if way == "wide" else _key_side
+        if plan.way == "wide":
+            kept = None if matrix is None or key_row is None else State(matrix, key_row, key_row)
+            backward_wide(tensors, (dq, dk, dv), *options, plan.wide, kept)
+            return dq, dk, dv
         shifted = normalizer == "ratio" and query.dtype == torch.float16
-        state = State(matrix, key_row, key_row) if matrix is not None else forward_state(
-            key, value, feature_map, normalizer, scale, shifted
-        )  # fmt: skip
-        d_state = query_side(d_out, query, dq, state, key.shape[1], *options)
-        key_side(key, value, dk, dv, d_state, state, feature_map, normalizer)
+        state = forward_state(key, value, feature_map, normalizer, scale, shifted)
+        d_state = _query_side(d_out, query, dq, state, key.shape[1], *options)
+        _key_side(key, value, dk, dv, d_state, state, feature_map, normalizer)
     return dq, dk, dv

@@ -4,6 +4,8 @@ Formulas: `triton_bwd.py`. The states stream past one tile of tokens, and the su
 the same sweep as those over keys, with a weight for each.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from .._common.kernel_call import KernelCall
 from .._common.launch import ceil_div, common_vector, empty, strides_in_vectors
-from .._common.plans import Plans
+from .._common.plans import Memo, Plans
 from . import configs, ways
 from .triton_blocks import (
     feature,
@@ -23,7 +25,7 @@ from .triton_blocks import (
     rows_times_state,
     store_tile,
 )
-from .triton_state import State, sweep
+from .triton_state import State, forward_state, sweep
 
 
 @triton.jit(
@@ -170,32 +172,59 @@ def _plan_queries(
 _QUERY_PLANS = Plans(_plan_queries)
 
 
-def query_side_wide(
+class Wide(NamedTuple):
+    """Which kernels serve a layout of aligned tensors, and the plans of their launches."""
+
+    query_kernel: str
+    rows_kernel: str
+    state: Memo
+    queries: Memo
+    sweep: Memo
+    keys: Memo
+    values: Memo
+
+
+def wide_of(d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, normalizer: str) -> Wide:
+    """For these; gradients lie as memory that has just been allocated does."""
+    query_kernel = rows_kernel = "general"
+    if normalizer != "covariance":
+        query_kernel = ways.query_grad_kernel(d_out, query)
+        dk, dv = (x.new_empty(x.shape, device="meta") for x in (key, value))
+        if ways.rows_kernel(key, dv) == ways.rows_kernel(value, dk) == "hopper":
+            rows_kernel = "hopper"
+    return Wide(query_kernel, rows_kernel, *(Memo() for _ in range(5)))
+
+
+def _query_side(
     d_out: Tensor, query: Tensor, dq: Tensor, state: State, num_keys: int,
-    feature_map: str, normalizer: str, scale: float, eps: float,
+    feature_map: str, normalizer: str, scale: float, eps: float, wide: Wide,
 ) -> State:  # fmt: skip
     """Writes dq, returns dS with its rows: dz for ratio, sum_i do_i / N for covariance."""
     batch, num_queries, heads, _ = query.shape
     ratio = normalizer == "ratio"
     factor = {"ratio": 1.0, "none": scale, "covariance": scale / num_keys}[normalizer]
     settings = {"factor": factor, "count": num_keys, "centred": False, "shifted": False}
-    if normalizer != "covariance" and ways.query_grad_kernel(d_out, query) == "hopper":
+    if wide.query_kernel == "hopper":
         from .hopper_query_grad import query_grad_hopper  # Gluon is not in every triton
 
         x, dz = query_grad_hopper(
-            d_out, query, dq, state.matrix, state.key_row, feature_map, ratio, scale, eps
-        )
+            d_out, query, dq, state.matrix, state.key_row,
+            feature_map, ratio, scale, eps, wide.queries,
+        )  # fmt: skip
         feature_map = "identity" if ratio else feature_map
         settings |= {"feature_map": feature_map, "weighted": False, "sum_k": False}
-        return sweep(x, d_out, x, x, **settings, sum_v=False)._replace(key_row=dz)
+        summed = sweep(x, d_out, x, x, **settings, sum_v=False, memo=wide.sweep)
+        return summed._replace(key_row=dz)
     weight, gain = (
         empty(batch * heads, num_queries if ratio else 0, like=query, dtype=torch.float32)
         for _ in range(2)
     )
-    call = _QUERY_PLANS((d_out, query, dq), feature_map, normalizer, scale, eps)
+    options = (feature_map, normalizer, scale, eps)
+    call = _QUERY_PLANS((d_out, query, dq), *options, memo=wide.queries)
     call(d_out, query, dq, *state, weight, gain)
     settings |= {"feature_map": feature_map, "weighted": ratio, "sum_k": ratio}
-    return sweep(query, d_out, weight, gain, **settings, sum_v=normalizer == "covariance")
+    sum_v = normalizer == "covariance"
+    return sweep(query, d_out, weight, gain, **settings, sum_v=sum_v, memo=wide.sweep)
 
 
 def _plan_keys(
@@ -224,19 +253,40 @@ def _plan_keys(
 _KEY_PLANS = Plans(_plan_keys)
 
 
-def key_side_wide(
+def _key_side(
     key: Tensor, value: Tensor, dk: Tensor, dv: Tensor, d_state: State, state: State,
-    feature_map: str, normalizer: str,
+    feature_map: str, normalizer: str, wide: Wide,
 ) -> None:  # fmt: skip
     """Writes dk and dv."""
-    tensors = (key, value, dk, dv)
-    kernels = (ways.rows_kernel(key, dv), ways.rows_kernel(value, dk))
-    if normalizer != "covariance" and kernels == ("hopper", "hopper"):
+    if wide.rows_kernel == "hopper":
         from .hopper_rows import rows_times_state_hopper  # Gluon is not in every triton
 
         state_rows, ratio = (d_state.matrix, d_state.key_row), normalizer == "ratio"
-        rows_times_state_hopper(key, *state_rows, dv, key, "dv", feature_map, False, 1.0, 0.0)
-        rows_times_state_hopper(value, *state_rows, dk, key, "dk", feature_map, ratio, 1.0, 0.0)
+        rows_times_state_hopper(
+            key, *state_rows, dv, key, "dv", feature_map, False, 1.0, 0.0, wide.values
+        )
+        rows_times_state_hopper(
+            value, *state_rows, dk, key, "dk", feature_map, ratio, 1.0, 0.0, wide.keys
+        )
         return
-    call = _KEY_PLANS(tensors, feature_map, normalizer)
+    tensors = (key, value, dk, dv)
+    call = _KEY_PLANS(tensors, feature_map, normalizer, memo=wide.keys)
     call(*tensors, *d_state, state.key_row, state.value_row)
+
+
+def backward_wide(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor], grads: tuple[Tensor, Tensor, Tensor],
+    feature_map: str, normalizer: str, scale: float, eps: float,
+    wide: Wide | None, state: State | None,
+) -> None:  # fmt: skip
+    """Fills `grads` of query, key and value. `tensors` are d_out and these; without `wide` some of
+    them are not aligned, without `state` it is computed."""
+    d_out, query, key, value = tensors
+    dq, dk, dv = grads
+    wide = wide or wide_of(*tensors, normalizer)
+    if state is None:
+        shifted = normalizer == "ratio" and query.dtype == torch.float16
+        state = forward_state(key, value, feature_map, normalizer, scale, shifted, wide.state)
+    options = (feature_map, normalizer, scale, eps)
+    d_state = _query_side(d_out, query, dq, state, key.shape[1], *options, wide)
+    _key_side(key, value, dk, dv, d_state, state, feature_map, normalizer, wide)

@@ -14,7 +14,7 @@ from lintra.kernels._common.kernel_call import KernelCall
 from lintra.kernels._common.launch import architecture
 from lintra.kernels._common.pinning import pinned
 from lintra.kernels.linear_attention import api as linear_attention_api
-from lintra.kernels.linear_attention import configs, triton_fwd, ways
+from lintra.kernels.linear_attention import configs, triton_bwd, triton_fwd, ways
 from lintra.kernels.linear_attention.reference import FEATURE_MAPS, NORMALIZERS
 
 pytestmark = on_gpu_or_interpreted
@@ -147,8 +147,9 @@ def test_order_on_hopper(monkeypatch, queries, keys, dim, forward, backward):
 
 
 @on_gpu_or_interpreted
+@pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(("dim", "length"), [(96, 256), (288, 512), (288, 1024)])
-def test_a_tensor_off_a_boundary_decides_for_itself_only(monkeypatch, dim, length):
+def test_a_tensor_off_a_boundary_decides_for_itself_only(monkeypatch, dim, length, backward):
     """The copy engine refuses it: a remembered layout does not tell, whichever came first."""
     for module in (ways, configs):
         monkeypatch.setattr(module, "architecture", lambda index: 90)
@@ -161,11 +162,15 @@ def test_a_tensor_off_a_boundary_decides_for_itself_only(monkeypatch, dim, lengt
     for order in ([0, 1, 0], [1, 0, 1]):
         linear_attention_api.CALLS._known.clear()
         triton_fwd._PLANS._known.clear()
+        triton_bwd._PLANS._known.clear()
         launched = []
         for first in order:
             seen = []
             monkeypatch.setattr(KernelCall, "__call__", lambda self, *_, to=seen: to.append(self))
-            linear_attention(*[tensors[first]] * 3, impl="triton")
+            if backward:
+                triton_bwd.linear_attention_bwd(*[tensors[first]] * 4, "relu", "ratio", 1.0, 1e-6)
+            else:
+                linear_attention(*[tensors[first]] * 3, impl="triton")
             launched.append([call._kernel.__name__ for call in seen])
         assert launched[0] == launched[2] != launched[1]
         orders.append(dict(zip(order, launched, strict=True)))

@@ -29,14 +29,15 @@ def inputs_of(batch, queries, keys, heads, dim, value_dim, dtype=torch.bfloat16)
 @pytest.fixture
 def sweeps(monkeypatch):
     """How often a state is made in a backward pass."""
-    module = importlib.import_module("lintra.kernels.linear_attention.triton_bwd")
-    calls, make = [], module.forward_state
+    calls = []
+    for name in ("triton_bwd", "triton_bwd_wide"):
+        module = importlib.import_module(f"lintra.kernels.linear_attention.{name}")
 
-    def counted(*args):
-        calls.append(args)
-        return make(*args)
+        def counted(*args, make=module.forward_state):
+            calls.append(args)
+            return make(*args)
 
-    monkeypatch.setattr(module, "forward_state", counted)
+        monkeypatch.setattr(module, "forward_state", counted)
     return calls
 
 
