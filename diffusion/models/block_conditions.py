@@ -32,7 +32,7 @@ _PARAMETERS: dict[type[nn.Module], dict[str, tuple[str, ...]]] = {
 _LABELS = "norm1.emb.class_embedder"
 _ROWS = "norm1.emb.class_embedder.embedding_table"
 # Options of these modules that a DiT leaves out.
-_EXTRAS = ("cond_proj", "post_act", "max_norm")
+_EXTRAS = ("cond_proj", "post_act", "max_norm", "padding_idx", "scale_grad_by_freq", "sparse")
 # Measured up to 32 samples. With many more the GPU's own work hides the host's, and the kernel
 # reads its weights again for every 64 of them.
 _MAX_BATCH = 128
@@ -146,10 +146,15 @@ class _Layers:
             and len(blocks) == self._count
             and all(place.get(name) is module for place, name, module in self._places)
             and not any(
-                inside["_forward_hooks"] or inside["_forward_pre_hooks"] or "forward" in inside
+                inside["_forward_hooks"]
+                or inside["_forward_pre_hooks"]
+                or inside["_backward_hooks"]
+                or inside["_backward_pre_hooks"]
+                or "forward" in inside
+                or "token_drop" in inside
                 for inside in self._insides
             )
-            and all(inside.get(name, self) is None for inside, name in self._absent)
+            and not any(_is_set(inside.get(name, self)) for inside, name in self._absent)
             and all(
                 table.is_current([place.get(kind) for place, kind in source])
                 for table, source in zip(self._tables, self._sources, strict=True)
@@ -179,10 +184,16 @@ class _Layers:
     def __call__(self, time_features: Tensor, class_labels: Tensor) -> Sequence[Tensor]:
         weight_1, bias_1, weight_2, bias_2, weight, bias, rows = self._tables
         labels, dtype = self._dropped(class_labels), self.dtype_of_products(time_features)
-        hidden = stacked_linear(time_features.to(dtype), weight_1, bias_1, silu=True)
-        # Under autocast rows are wider than products, and so is the sum.
-        condition = stacked_linear(hidden, weight_2, bias_2, rows=rows, labels=labels, silu=True)
-        return stacked_linear(condition.to(dtype), weight, bias).unbind()
+        options: dict[str, Any] = {"dtype": dtype, "separate": torch.is_grad_enabled()}
+        hidden = stacked_linear(time_features, weight_1, bias_1, silu=True, **options)
+        condition = stacked_linear(
+            hidden, weight_2, bias_2, rows=rows, labels=labels, silu=True, **options
+        )
+        return stacked_linear(condition, weight, bias, dtype=dtype, separate=True)  # type: ignore[return-value]
+
+
+def _is_set(option: object) -> bool:
+    return option is not None and option is not False
 
 
 def _drop_of(embedder: Any) -> tuple[float, int]:
@@ -208,7 +219,7 @@ def _is_plain(block: nn.Module) -> bool:
             part = block.get_submodule(name)
         except AttributeError:
             return False
-        if type(part) is not kind or not is_unhooked(part):
+        if type(part) is not kind or not is_unhooked(part) or "token_drop" in part.__dict__:
             return False
         for parameter, sides in _PARAMETERS.get(kind, {}).items():
             x = part._parameters.get(parameter)
@@ -216,7 +227,7 @@ def _is_plain(block: nn.Module) -> bool:
                 return False
             if x.shape != tuple(getattr(part, side) for side in sides):
                 return False
-        if any(getattr(part, extra, None) is not None for extra in _EXTRAS):
+        if any(_is_set(getattr(part, extra, None)) for extra in _EXTRAS):
             return False
     return True
 

@@ -1,9 +1,12 @@
 """Stacked linear layers as one node of the graph of gradients.
 
 Their forward reads weights where they lie. The backward, two products for each layer with few
-samples in both, copies them side by side in the dtype of x, one launch for many of them, and lets
-cuBLAS multiply all layers at once: kept from the forward on, that copy would be there when the
-activations of all blocks are.
+samples in both, copies them side by side in the dtype of the products, one launch for many of them,
+and lets cuBLAS multiply all layers at once: kept from the forward on, that copy would be there when
+the activations of all blocks are.
+
+A layer whose result has no part in the loss, or whose tensors are frozen, is left out: its
+gradients are None, as those of a module that nobody called.
 """
 
 from collections.abc import Sequence
@@ -26,72 +29,117 @@ def _side_by_side(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _gradients(
-    d_y: Tensor, x: Tensor, before_silu: Tensor | None, labels: Tensor | None, num_rows: int,
-    dtype: torch.dtype, needs: tuple[bool, bool, bool, bool], *weights: Tensor,
+    d_y: Tensor, x: Tensor | None, before_silu: Tensor | None, labels: Tensor | None,
+    num_rows: int, product: torch.dtype, dtype: torch.dtype, needs: Sequence[bool],
+    *weights: Tensor,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of x, and of all weights, biases and rows side by side, those that are needed."""
+    """Gradients ``(G, ...)`` of x, weights, biases and rows, those that are needed: in `dtype`,
+    that of x in the dtype of the products."""
     d_x = d_weights = d_biases = d_rows = None
-    with no_autocast(x.device.type):
+    of_x, of_weights, of_biases, *of_rows = needs
+    with no_autocast(d_y.device.type):
         if before_silu is not None:
             d_y = torch.ops.aten.silu_backward(d_y, before_silu)
-        if needs[3]:
+        if any(of_rows):
             assert labels is not None
             # All tables as one, whose layers follow each other; a label that is none has no row.
-            first = torch.arange(len(d_y), device=x.device)[:, None] * num_rows
+            first = torch.arange(len(d_y), device=d_y.device)[:, None] * num_rows
             known = (labels >= 0) & (labels < num_rows)
             indices = torch.where(known, first + labels, -1).flatten()
             d_rows = torch.ops.aten.embedding_dense_backward(
                 d_y.flatten(0, 1).to(dtype), indices, len(d_y) * num_rows, -1, False
             ).unflatten(0, (len(d_y), num_rows))
-        d_y = d_y.to(x.dtype)
-        if needs[0]:
-            d_x = torch.bmm(d_y, _side_by_side(weights, x.dtype))
-            d_x = d_x.sum(0) if x.ndim == 2 else d_x
-        if needs[1]:
+        d_y = d_y.to(product)
+        if of_x:
+            d_x = torch.bmm(d_y, _side_by_side(weights, product))
+        if of_weights:
+            assert x is not None
             each = x.expand(len(d_y), *x.shape) if x.ndim == 2 else x
             d_weights = torch.bmm(d_y.mT, each).to(dtype)
-        if needs[2]:
+        if of_biases:
             d_biases = d_y.sum(1, dtype=dtype)
     return d_x, d_weights, d_biases, d_rows
 
 
+def _spread(gradient: Tensor | None, layers: Sequence[int], wanted: Sequence[bool]) -> list[Any]:
+    """For each of all layers its own of `gradient`, which is that of `layers`, where wanted."""
+    out: list[Tensor | None] = [None] * len(wanted)
+    if gradient is not None:
+        for layer, part in zip(layers, gradient.unbind(), strict=True):
+            out[layer] = part if wanted[layer] else None
+    return out
+
+
 class _StackedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, labels: Tensor | None, silu: bool, weights: TensorTable,
-        biases: TensorTable, rows: TensorTable | None, *tensors: Tensor,
-    ) -> Tensor:  # fmt: skip
-        out = stacked_linear_fwd(x, weights, biases, rows, labels, False)
-        ctx.dtype, ctx.num_rows = weights.dtype, 0 if rows is None else rows.shape[0]
-        ctx.save_for_backward(x, labels, out if silu else None, *weights.tensors)
-        return torch.nn.functional.silu(out) if silu else out
+    """Takes one x for all layers or one for each, and then the tensors of the tables."""
 
     @staticmethod
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+    def forward(
+        ctx: Any, labels: Tensor | None, silu: bool, product: torch.dtype,
+        weights: TensorTable, biases: TensorTable, rows: TensorTable | None, *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        ctx.set_materialize_grads(False)
+        count, num_tables = len(weights), 2 if rows is None else 3
+        inputs = tensors[: len(tensors) - num_tables * count]
+        x = (inputs[0] if len(inputs) == 1 else torch.stack(inputs)).to(product)
+        out = stacked_linear_fwd(x, weights, biases, rows, labels, False)
+        ctx.dtypes = product, weights.dtype, inputs[0].dtype
+        ctx.num_rows = 0 if rows is None else rows.shape[0]
+        needs = ctx.needs_input_grad[6:]
+        ctx.needs = [needs[: len(inputs)]]
+        ctx.needs += [needs[i : i + count] for i in range(len(inputs), len(needs), count)]
+        # As in modules, what no gradient needs may change until then.
+        of_x, of_weights, *_ = map(any, ctx.needs)
+        kept = weights.tensors if of_x else ()
+        ctx.save_for_backward(x if of_weights else None, labels, out if silu else None, *kept)
+        return (torch.nn.functional.silu(out) if silu else out).unbind()
+
+    @staticmethod
+    def backward(ctx: Any, *d_ys: Tensor | None) -> tuple[Tensor | None, ...]:
         x, labels, before_silu, *weights = ctx.saved_tensors
-        count = len(weights)
-        wanted = ctx.needs_input_grad[6:]
-        kinds = [wanted[i : i + count] for i in range(0, len(wanted), count)]
-        needs = (ctx.needs_input_grad[0], *map(any, kinds), False)[:4]
+        of_x, *of_tables = ctx.needs
+        count, is_shared = len(d_ys), len(of_x) == 1
+        product, dtype, x_dtype = ctx.dtypes
+        kinds = [of_x * count if is_shared else of_x, *of_tables]
+        layers = [
+            layer
+            for layer, d_y in enumerate(d_ys)
+            if d_y is not None and any(kind[layer] for kind in kinds)
+        ]
+        if not layers:
+            return (None,) * len(ctx.needs_input_grad)
+        if len(layers) < count:
+            before_silu = None if before_silu is None else before_silu[layers]
+            x = x[layers] if x is not None and x.ndim == 3 else x
+            labels = labels[layers] if labels is not None and labels.ndim == 2 else labels
+            weights = [weights[layer] for layer in layers] if weights else []
+        needs = [any(kind[layer] for layer in layers) for kind in kinds]
+        d_y = torch.stack([d_ys[layer] for layer in layers])  # type: ignore[misc]
+        if torch.is_grad_enabled() and not d_y.requires_grad:
+            d_y.requires_grad_()  # so that results say that they have no derivative, whatever of
         d_x, *gradients = first_derivative(
-            "stacked_linear", _gradients, d_y, x, before_silu, labels, ctx.num_rows, ctx.dtype,
+            "stacked_linear", _gradients, d_y, x, before_silu, labels, ctx.num_rows, product, dtype,
             needs, *weights,
         )  # fmt: skip
-        given: list[Tensor | None] = []
-        for gradient, kind in zip(gradients, kinds, strict=False):
-            each = [None] * count if gradient is None else gradient.unbind()
-            given += [y if need else None for y, need in zip(each, kind, strict=True)]
-        return d_x, *[None] * 5, *given
+        d_x = None if d_x is None else d_x.to(x_dtype)
+        given = [None if d_x is None else d_x.sum(0)] if is_shared else _spread(d_x, layers, of_x)
+        for gradient, wanted in zip(gradients, of_tables, strict=False):
+            given += _spread(gradient, layers, wanted)
+        return *[None] * 6, *given
 
 
 def stacked_linear_triton(
-    x: Tensor, weights: TensorTable, biases: TensorTable,
-    rows: TensorTable | None, labels: Tensor | None, silu: bool,
-) -> Tensor:  # fmt: skip
-    """The operation of `api.stacked_linear` on tensors that `api` has checked."""
+    x: Tensor | tuple[Tensor, ...], weights: TensorTable, biases: TensorTable,
+    rows: TensorTable | None, labels: Tensor | None, silu: bool, product: torch.dtype,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
+    """The operation of `api.stacked_linear` on tensors that `api` has checked; a tuple of results
+    where these have gradients."""
     if torch.is_grad_enabled():
         tables = [weights, biases] if rows is None else [weights, biases, rows]
         tensors = [tensor for table in tables for tensor in table.tensors]
-        if needs_gradient(x, *tensors):
-            return _StackedLinear.apply(x, labels, silu, weights, biases, rows, *tensors)
-    return stacked_linear_fwd(x, weights, biases, rows, labels, silu)
+        inputs = x if isinstance(x, tuple) else (x,) if x.ndim == 2 else x.unbind()
+        if needs_gradient(*inputs, *tensors):
+            options = (labels, silu, product, weights, biases, rows)
+            return _StackedLinear.apply(*options, *inputs, *tensors)
+    x = torch.stack(x) if isinstance(x, tuple) else x
+    return stacked_linear_fwd(x.to(product), weights, biases, rows, labels, silu)

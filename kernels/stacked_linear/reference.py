@@ -8,16 +8,19 @@ from .._common.precision import no_autocast
 
 
 def stacked_linear_reference(
-    x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor, ...],
-    rows: tuple[Tensor, ...] | None, labels: Tensor | None, silu: bool,
-) -> Tensor:  # fmt: skip
-    """The operation of `api.stacked_linear`."""
-    inputs = x.unbind() if x.ndim == 3 else (x,) * len(weights)
-    with no_autocast(x.device.type):
-        layers = zip(inputs, weights, biases, strict=True)
-        products = [F.linear(y, weight.to(y.dtype), bias.to(y.dtype)) for y, weight, bias in layers]
-        out = torch.stack(products)
-        if rows is not None and labels is not None:
-            each = labels.unbind() if labels.ndim == 2 else (labels,) * len(rows)
-            out = out + torch.stack(list(map(F.embedding, each, rows)))
-        return F.silu(out) if silu else out
+    x: Tensor | tuple[Tensor, ...], weights: tuple[Tensor, ...], biases: tuple[Tensor, ...],
+    rows: tuple[Tensor, ...] | None, labels: Tensor | None, silu: bool, product: torch.dtype,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The operation of `api.stacked_linear`, layer by layer."""
+    count = len(weights)
+    inputs = x if isinstance(x, tuple) else x.unbind() if x.ndim == 3 else (x,) * count
+    outs = []
+    with no_autocast(inputs[0].device.type):
+        for layer in range(count):
+            tensors = (inputs[layer], weights[layer], biases[layer])
+            out = F.linear(*(tensor.to(product) for tensor in tensors))
+            if rows is not None and labels is not None:
+                label = labels if labels.ndim == 1 else labels[layer]
+                out = out + F.embedding(label, rows[layer])
+            outs.append(F.silu(out) if silu else out)
+    return tuple(outs)

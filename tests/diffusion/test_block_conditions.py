@@ -103,6 +103,28 @@ def _hook_block(model):
     model.transformer_blocks[1].register_forward_hook(lambda *_: None)
 
 
+def _backward_hook(model):
+    model.transformer_blocks[1].norm1.linear.register_full_backward_hook(lambda *_: None)
+
+
+def _backward_pre_hook(model):
+    model.transformer_blocks[1].norm1.linear.register_full_backward_pre_hook(lambda *_: None)
+
+
+def _own_drop(model):
+    embedder = model.transformer_blocks[1].norm1.emb.class_embedder
+    embedder.token_drop = lambda labels, ids=None: labels
+
+
+def _sparse_table(model):
+    """Whose gradient is another one."""
+    model.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.sparse = True
+
+
+def _padding(model):
+    model.transformer_blocks[1].norm1.emb.class_embedder.embedding_table.padding_idx = 3
+
+
 def _own_forward(model):
     part = model.transformer_blocks[0].norm1.emb.timestep_embedder
     part.forward = type(part).forward.__get__(part)
@@ -158,7 +180,8 @@ def _other_width(model):
 
 
 CHANGES = [
-    _hook, _hook_block, _own_forward, _subclass, _no_bias, _drop_labels,
+    _hook, _hook_block, _backward_hook, _backward_pre_hook, _own_drop, _sparse_table, _padding,
+    _own_forward, _subclass, _no_bias, _drop_labels,
     _new_hooks, _post_act, _wrapped, _plain_attributes, _other_width,
 ]  # fmt: skip
 
@@ -269,6 +292,18 @@ def test_checkpoints_take_them(launches, model):
         torch.testing.assert_close(gradient, plain[name])
 
 
+def test_blocks_without_a_part_in_the_loss_learn_nothing(launches, model):
+    """As where features of the first are all that counts."""
+    seen = []
+    model.transformer_blocks[0].attn1.register_forward_hook(lambda *args: seen.append(args[-1]))
+    predict(model)
+    seen[0].square().mean().backward()
+    assert len(launches) == 3
+    names = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert any("blocks.0.norm1" in name for name in names)
+    assert not any("blocks.1." in name for name in names)
+
+
 def test_frozen_blocks(launches, model):
     """As where only some blocks are trained."""
     model.requires_grad_(False)
@@ -375,8 +410,17 @@ def test_training_on_the_gpu(monkeypatch, autocast):
 
     found = gradients()
     assert len(calls) == 3
+    assert (
+        "StackedLinear"
+        in type(
+            model._conditions(model.transformer_blocks, torch.randn(8, 256, device="cuda"), labels)[
+                0
+            ].grad_fn
+        ).__name__
+    )
+    calls.pop(), calls.pop(), calls.pop()
     monkeypatch.setattr(block_conditions, "on_gpu", lambda _: False)
     for name, expected in gradients().items():
         error = (found[name] - expected).norm() / expected.norm().clamp_min(1e-12)
         assert error < (5e-2 if autocast else 1e-4), name
-    assert len(calls) == 3
+    assert not calls

@@ -177,6 +177,30 @@ def test_a_tensor_off_a_boundary_decides_for_itself_only(monkeypatch, dim, lengt
     assert orders[0] == orders[1]
 
 
+@on_gpu_or_interpreted
+def test_gradients_ask_which_tensor_is_off_a_boundary(monkeypatch):
+    """Queries or keys: both are one and the same to a remembered layout."""
+    for module in (ways, configs):
+        monkeypatch.setattr(module, "architecture", lambda index: 90)
+    monkeypatch.setattr(ways, "knows_gluon", lambda: True)
+    shape, numel = (2, 1024, 2, 288), 2 * 1024 * 2 * 288
+    memory = torch.empty(numel + 1, dtype=torch.bfloat16, device=DEVICE)
+    here, off = memory[:numel].view(shape), memory[1:].view(shape)
+    calls = {"query": (here, off, here, here), "key": (here, here, off, here)}
+    orders = []
+    for order in (["query", "key"], ["key", "query"]):
+        triton_bwd._PLANS._known.clear()
+        launched = {}
+        for name in order:
+            seen = []
+            monkeypatch.setattr(KernelCall, "__call__", lambda self, *_, to=seen: to.append(self))
+            triton_bwd.linear_attention_bwd(*calls[name], "relu", "ratio", 1.0, 1e-6)
+            launched[name] = [call._kernel.__name__ for call in seen]
+        orders.append(launched)
+    assert orders[0] == orders[1]
+    assert orders[0]["query"] != orders[0]["key"]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_large_means_keep_their_digits(way):
     (q, k, v), _ = inputs_of((1, 70, 1, 16))

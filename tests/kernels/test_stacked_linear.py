@@ -174,6 +174,65 @@ def test_gradients_of_some():
     assert torch.equal(some[2].grad, counts[:, None].expand(4, 8).float())
 
 
+def leaves_that_learn(x, weights, biases, options):
+    for tensor in (*weights.tensors, *biases.tensors, *options["rows"].tensors):
+        tensor.requires_grad_()
+    return weights.tensors, biases.tensors, options["rows"].tensors
+
+
+@pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=on_gpu_or_interpreted)])
+def test_layers_without_a_part_in_the_loss_learn_nothing(impl):
+    """Through two operations: None, not zeros, which optimisers would take for gradients."""
+    x, weights, biases, options = inputs_of(3, 2, 16, 16, 4, True, True, each=True)
+    tables = leaves_that_learn(x, weights, biases, options)
+    hidden = stacked_linear(x, weights, biases, **options, separate=True, impl=impl)
+    outs = stacked_linear(hidden, weights, biases, separate=True, impl=impl)
+    assert [out.shape for out in outs] == [(2, 16)] * 3
+    outs[2].sum().backward()
+    for tensors in tables:
+        assert [tensor.grad is None for tensor in tensors] == [True, True, False]
+        grad = tensors[2].grad
+        assert grad.untyped_storage().nbytes() == grad.nbytes  # nothing else is kept with it
+    found = [tensors[2].grad for tensors in tables]
+    alone = [TensorTable("one", tensors[2:]) for tensors in tables]
+    for tensors in tables:
+        tensors[2].grad = None
+    hidden = stacked_linear(
+        x, *alone[:2], rows=alone[2], labels=options["labels"][2:], silu=True, impl="reference"
+    )
+    stacked_linear(hidden, *alone[:2], impl="reference").sum().backward()
+    for grad, tensors in zip(found, tables, strict=True):
+        torch.testing.assert_close(grad, tensors[2].grad, rtol=1e-4, atol=1e-5)
+
+
+@on_gpu_or_interpreted
+def test_a_backward_pass_under_autocast_keeps_its_precision():
+    x, weights, biases, _ = inputs_of(2, 3, 64, 8, 0, False, True)
+    leaves = [x, *weights.tensors]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out = stacked_linear(x, weights, biases, silu=True, impl="triton")
+    plain = gradients(out, leaves, retain_graph=True)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        lowered = gradients(out, leaves)
+    assert all(map(torch.equal, plain, lowered))
+
+
+@on_gpu_or_interpreted
+def test_what_no_gradient_needs_may_change():
+    x, weights, biases, _ = inputs_of(2, 3, 16, 8, 0, True, True)
+    biases.tensors[0].requires_grad_()
+    out = stacked_linear(x, weights, biases, silu=True, impl="triton")
+    x.zero_()
+    weights.tensors[0].zero_()
+    out.sum().backward()
+    weights.tensors[0].requires_grad_()
+    out = stacked_linear(x, weights, biases, silu=True, impl="triton")
+    x.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 @on_gpu_or_interpreted
 def test_no_copy_of_gradients():
     """Those of a table's tensors lie in one, and are not copied once more to become `grad`."""
@@ -188,13 +247,14 @@ def test_no_copy_of_gradients():
 
 
 @on_gpu_or_interpreted
-def test_only_once_differentiable():
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_only_once_differentiable(place):
     x, weights, biases, _ = inputs_of(2, 3, 16, 8, 0, True, True)
-    x.requires_grad_()
-    out = stacked_linear(x, weights, biases, impl="triton")
-    (d_x,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+    leaf = (x, weights.tensors[0], biases.tensors[0])[place].requires_grad_()
+    out = stacked_linear(x, weights, biases, silu=True, impl="triton")
+    (gradient,) = torch.autograd.grad(out.sum(), leaf, create_graph=True)
     with pytest.raises(NotImplementedError, match="differentiated only once"):
-        d_x.sum().backward()
+        gradient.sum().backward()
 
 
 def test_meta():
@@ -317,6 +377,9 @@ def _changed(**changes):
             "`labels` must be 3 of int64, or 2 times as many",
         ),
         ({"labels": lambda m: m["labels"].to("meta")}, ValueError, "`labels` must be on"),
+        ({"x": lambda m: [m["x"]] * 3}, ValueError, "`x` must be 2 tensors of one shape"),
+        ({"x": lambda m: [m["x"], m["x"][:1]]}, ValueError, "`x` must be 2 tensors of one shape"),
+        ({"dtype": lambda _: torch.float64}, TypeError, "`dtype` must have dtype torch.float32"),
         ({"x": lambda m: m["x"].to("meta")}, ValueError, "`x` must be on"),
         (
             {"biases": lambda _: TensorTable("b", [torch.zeros(8, device="meta")] * 2)},

@@ -43,7 +43,9 @@ class _Stacked:
         else:
             table = TensorTable("weights", weights), TensorTable("biases", biases)
             self._tables.append(table)
-        return stacked_linear(x, *table, impl=self._impl)
+        out = stacked_linear(x, *table, impl=self._impl)
+        assert isinstance(out, Tensor)  # not `separate`
+        return out
 
 
 def _layer_by_layer(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
@@ -52,7 +54,7 @@ def _layer_by_layer(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
 
 
 def build(shape: Sequence[int], group: str = "custom", with_targets: bool = False) -> Case:
-    """The case of (G, B, K, F). There is no backward to measure."""
+    """The case of (G, B, K, F). The backward is timed with a model's step."""
     check_shape(shape, (4,), LAYOUT)
     count, batch, width, outputs = shape
     numbers = count * (outputs * (width + 1) + batch * (width + outputs))
