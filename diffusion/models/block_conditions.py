@@ -44,7 +44,7 @@ class BlockConditions:
     A block's own layers are eight calls on a few numbers each, a third of what the host does for a
     block, as much again for their gradients, and mostly the GPU waits for the host. Computed so
     wherever calling them is no more than that: on a GPU, nothing hooked, adapted, quantised or
-    compiled as a whole.
+    compiled as a whole. Labels that blocks drop by chance in training are drawn for all at once.
 
     Belongs to one model, and is no part of its state.
     """

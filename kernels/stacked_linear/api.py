@@ -46,17 +46,18 @@ def _check(
     if len(weights.shape) != 2:
         raise ValueError(f"`weights` must have shape (F, K), got {tuple(weights.shape)}")
     count, (outputs, width) = len(weights), weights.shape
+    shape = "(B, K)"
     if isinstance(x, tuple):
         _check_each(x, count)
         x = x[0]
-        check_tensor("x", x, "(B, K)")
-    check_tensor("x", x, "(G, B, K)" if x.ndim == 3 else "(B, K)")
-    product, name = (x.dtype, "x") if dtype is None else (dtype, "dtype")
+    elif x.ndim == 3:
+        shape = "(G, B, K)"
+    check_tensor("x", x, shape)
+    product = x.dtype if dtype is None else dtype
     rounded = weights.dtype == torch.float32 and product in (torch.float16, torch.bfloat16)
     if product != weights.dtype and not rounded:
-        raise TypeError(
-            f"`{name}` must have dtype {weights.dtype}, or half of float32, got {product}"
-        )
+        subject = "`x` must have dtype" if dtype is None else "`dtype` must be"
+        raise TypeError(f"{subject} {weights.dtype}, or half of float32, got {product}")
     if x.device != weights.device:
         raise ValueError(f"`x` must be on {weights.device}, got {x.device}")
     if x.shape[-1] != width or (x.ndim == 3 and len(x) != count):
@@ -125,7 +126,7 @@ def stacked_linear(
     Raises:
         ValueError: shapes, counts or devices disagree, rows without labels, tensors that have moved
             since their table was made, an unknown `impl`.
-        TypeError: dtypes that are not floating point or differ.
+        TypeError: dtypes that are not floating point, or disagree.
         NotImplementedError: ``impl="triton"`` cannot run here; a second derivative.
     """
     x = x if isinstance(x, Tensor) else tuple(x)

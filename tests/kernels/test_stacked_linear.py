@@ -379,7 +379,8 @@ def _changed(**changes):
         ({"labels": lambda m: m["labels"].to("meta")}, ValueError, "`labels` must be on"),
         ({"x": lambda m: [m["x"]] * 3}, ValueError, "`x` must be 2 tensors of one shape"),
         ({"x": lambda m: [m["x"], m["x"][:1]]}, ValueError, "`x` must be 2 tensors of one shape"),
-        ({"dtype": lambda _: torch.float64}, TypeError, "`dtype` must have dtype torch.float32"),
+        ({"x": lambda m: [m["x"][None]] * 2}, ValueError, "`x` must have shape"),
+        ({"dtype": lambda _: torch.float64}, TypeError, "`dtype` must be torch.float32, or half"),
         ({"x": lambda m: m["x"].to("meta")}, ValueError, "`x` must be on"),
         (
             {"biases": lambda _: TensorTable("b", [torch.zeros(8, device="meta")] * 2)},
